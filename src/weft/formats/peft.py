@@ -1,0 +1,51 @@
+"""The folder that PEFT writes and reads: adapter_config.json beside adapter_model.safetensors."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from weft.errors import ModelError
+from weft.formats.adapter_file import SavedAdapter, lora_config
+from weft.formats.atomic import write_tensors, write_text
+from weft.formats.canonical import saved_adapter
+from weft.formats.header import read_header
+from weft.formats.sniff import PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS, provenance, read_config, sniff
+
+
+class PeftFolder:
+    """Keys `base_model.model.PATH.lora_A.weight`; alpha in the config, provenance in the header of the weights."""
+
+    def write(self, folder: Path, adapter: SavedAdapter) -> Path:
+        """Write the folder that `PeftModel.from_pretrained` takes; returns it."""
+        # The weights first: a folder is an adapter from the moment that its config stands there.
+        tensors = {PEFT_PREFIX + key: tensor for key, tensor in adapter.tensors.items()}
+        write_tensors(folder / PEFT_WEIGHTS, tensors, adapter.metadata)
+        # PEFT warns of fields that it does not know, so nothing of ours is added.
+        base = {"base_model_name_or_path": adapter.metadata.get("base_model")}
+        config = {**lora_config(adapter), **base, "inference_mode": True}
+        write_text(folder / PEFT_CONFIG, json.dumps(config, indent=2) + "\n")
+        return folder
+
+    def read(self, path: Path) -> SavedAdapter:
+        """Read the folder, or the weights file in it."""
+        found = sniff(path)
+        if found.format != "peft":
+            raise ModelError(f"{path} is a {found.format} adapter, not a PEFT folder.")
+        config = read_config(found.weights.parent / PEFT_CONFIG)
+        tensors, metadata = _weights(found.weights)
+        canonical = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
+        return saved_adapter(canonical, config, metadata, path)
+
+
+def _weights(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if file.suffix == ".safetensors":
+        metadata = provenance(read_header(file))
+        return load_file(file), metadata
+    try:
+        # weights_only: a pickle could otherwise run any code.
+        return torch.load(file, map_location="cpu", weights_only=True), {}
+    except Exception as error:  # torch raises many kinds for a damaged or unsafe pickle
+        raise ModelError(f"{file} cannot be read as plain weights: {error}") from error

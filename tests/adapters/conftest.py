@@ -1,0 +1,78 @@
+"""A real, small Wan transformer with random weights, and one question to it."""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+
+import pytest
+import torch
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from torch import Tensor, nn
+
+from weft.adapters.lora import Lora
+from weft.adapters.modules import linears_of
+from weft.adapters.named import NamedAdapters
+
+ATTENTION = r"blocks\.\d+\.attn[12]\.to_(q|k|v|out\.0)"
+BOTH = r"blocks\.\d+\.(attn[12]\.to_(q|k|v|out\.0)|ffn\.net\.(0\.proj|2))"
+PRESETS = {"attention": ATTENTION, "attention+ffn": BOTH}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small are slower on several threads, and far slower where cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def one_wan() -> WanTransformer3DModel:
+    torch.manual_seed(0)
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=24, in_channels=16, out_channels=16,
+        text_dim=32, freq_dim=32, ffn_dim=64, num_layers=2,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def tiny_wan(one_wan: WanTransformer3DModel) -> Callable[[], WanTransformer3DModel]:
+    """Fresh copies of one network: 2 blocks of width 48."""
+    return lambda: deepcopy(one_wan)
+
+
+@pytest.fixture
+def ask() -> Callable[[nn.Module], Tensor]:
+    """The network's answer (2, 16, 2, 4, 4) to a fixed question."""
+    chance = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 16, 2, 4, 4, generator=chance)
+    text = torch.randn(2, 5, 32, generator=chance)
+
+    def answer(network: nn.Module) -> Tensor:
+        dtype = next(network.parameters()).dtype
+        return network(x.to(dtype), torch.tensor([100.0, 500.0]), text.to(dtype), return_dict=False)[0]
+
+    return answer
+
+
+@pytest.fixture
+def attach() -> Callable[..., NamedAdapters]:
+    """Put adapters on the attention of a network (or on what the recipe names)."""
+
+    def put(recipe: Lora, network: nn.Module, names: tuple[str, ...] = ("student",), seed: int = 7) -> NamedAdapters:
+        return recipe.attach(network, recipe.match(linears_of(network), PRESETS, {}).paths, names, seed)
+
+    return put
+
+
+@pytest.fixture
+def shaken() -> Callable[..., None]:
+    """Give an adapter weights other than its first ones, B included, so that it changes the network."""
+
+    def shake(adapters: NamedAdapters, name: str = "student", seed: int = 3) -> None:
+        chance = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in adapters.parameters(name).values():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=chance))
+
+    return shake
