@@ -1,0 +1,155 @@
+"""Which shapes (frames, height, width) a clip may take under a token budget. Pure arithmetic, no torch."""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log
+
+from pydantic import Field, PositiveInt, model_validator
+
+from weft.geometry import VideoGeometry
+from weft.section import Section
+
+# Among explicit sizes, one that cuts off this much more of the picture than the best still competes by its tokens.
+CROP_SLACK = 0.05
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """One shape in pixels and what it costs: clips of one bucket can stand in one batch."""
+
+    frames: int
+    height: int
+    width: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.frames}x{self.height}x{self.width}"
+
+
+class Buckets(Section):
+    """The shapes that clips may take: one idea, a shape is admitted when its token count fits the budget."""
+
+    sides: tuple[PositiveInt, ...] = Field(
+        default=(),
+        description="Nominal square sides in pixels: the area is side^2 at most, the aspect ratio is the clip's. "
+        "Give either sides or sizes.",
+    )
+    sizes: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(
+        default=(),
+        description="Explicit (width, height) in pixels; a clip takes the one that cuts off least of its picture.",
+    )
+    frames: tuple[PositiveInt, ...] = Field(
+        min_length=1,
+        description="Allowed frame counts of the form 4k+1, counted at the training fps; images always use 1.",
+    )
+    token_budget: PositiveInt | None = Field(
+        default=None, description="Most tokens one clip may cost in the transformer; null admits every shape."
+    )
+    upscale: bool = Field(
+        default=False,
+        description="Enlarge clips that are smaller than the bucket. If not, they keep a smaller size or are dropped.",
+    )
+
+    @model_validator(mode="after")
+    def _one_way_to_say_size(self) -> "Buckets":
+        if bool(self.sides) == bool(self.sizes):
+            raise ValueError("give exactly one of 'sides' (square sides, aspect kept) and 'sizes' (width, height)")
+        return self
+
+    def problems(self, geometry: VideoGeometry) -> list[str]:
+        """What cannot be right for this model, each as a sentence that names the nearest valid values."""
+        found = []
+        for frames in self.frames:
+            below = geometry.longest_clip(frames)
+            if below != frames:
+                found.append(
+                    f"buckets.frames: {frames} frames do not make whole latent frames; counts have the form "
+                    f"{geometry.time_stride}k+1. The nearest are {below} and {below + geometry.time_stride}."
+                )
+        m = geometry.side_multiple
+        for width, height in self.sizes:
+            if width % m or height % m:
+                near = f"{max(m, round(width / m) * m)}x{max(m, round(height / m) * m)}"
+                found.append(
+                    f"buckets.sizes: {width}x{height} is refused, because width and height must be multiples of {m} "
+                    f"for this model. The nearest is {near}."
+                )
+        found += [
+            f"buckets.sides: {side} is less than {m} pixels, the smallest side of this model. Use {m} or more."
+            for side in self.sides
+            if side < m
+        ]
+        return found
+
+    def choose(
+        self, frames: int, width: int, height: int, geometry: VideoGeometry, *, is_image: bool = False
+    ) -> Bucket | None:
+        """The admitted shape with most tokens for a clip of so many frames and pixels; ties go to more frames."""
+        shapes = self._shapes((1,) if is_image else self.frames, frames, width, height, geometry)
+        admitted = [b for b in shapes if self.token_budget is None or b.tokens <= self.token_budget]
+        # The last of the three decides between a landscape and a portrait size of equal cost.
+        rank = [(b.tokens, b.frames, kept_share(width, height, b.width, b.height)) for b in admitted]
+        return admitted[rank.index(max(rank))] if admitted else None
+
+    def why_not(self, frames: int, width: int, height: int, geometry: VideoGeometry, *, is_image: bool = False) -> str:
+        """The reason, as a sentence, why `choose` finds nothing."""
+        counts = (1,) if is_image else self.frames
+        if frames < min(counts):
+            return f"It has {frames} frames at the training rate; the shortest bucket has {min(counts)}."
+        shapes = self._shapes(counts, frames, width, height, geometry)
+        if not shapes:
+            m = geometry.side_multiple
+            least_w, least_h = min(self.sizes, key=lambda size: size[0] * size[1]) if self.sizes else (m, m)
+            return (
+                f"{width}x{height} is smaller than the smallest size {least_w}x{least_h}, and buckets.upscale is off."
+            )
+        least = min(shapes, key=lambda b: b.tokens)
+        return f"Its cheapest shape {least} has {least.tokens:,} tokens, above token_budget {self.token_budget:,}."
+
+    def _shapes(
+        self, counts: Sequence[int], frames: int, width: int, height: int, geometry: VideoGeometry
+    ) -> list[Bucket]:
+        """Every shape that the clip can fill, over the budget or not."""
+        return [
+            Bucket(count, h, w, geometry.tokens(count, h, w))
+            for w, h in self._sizes(width, height, geometry)
+            for count in counts
+            if count <= frames
+        ]
+
+    def _sizes(self, width: int, height: int, geometry: VideoGeometry) -> list[tuple[int, int]]:
+        """(width, height) of the pictures that may be cut out of one of width x height."""
+        if self.sides:
+            room = None if self.upscale else (width, height)
+            found = [size_of_area(side, width / height, geometry.side_multiple, room) for side in self.sides]
+            return [size for size in found if size is not None]
+        fitting = [(w, h) for w, h in self.sizes if self.upscale or (w <= width and h <= height)]
+        best = max((kept_share(width, height, w, h) for w, h in fitting), default=0.0)
+        return [(w, h) for w, h in fitting if kept_share(width, height, w, h) >= best - CROP_SLACK]
+
+
+def kept_share(width: int, height: int, new_width: int, new_height: int) -> float:
+    """The share of a picture that is left when it covers new_width x new_height and the rest is cut off."""
+    scale = max(new_width / width, new_height / height)
+    return (new_width * new_height) / (width * height * scale * scale)
+
+
+def size_of_area(
+    side: int, aspect: float, multiple: int, room: tuple[int, int] | None = None
+) -> tuple[int, int] | None:
+    """(width, height) in multiples, of an area up to side^2, whose ratio is nearest to the aspect width/height.
+
+    room: the (width, height) that must not be exceeded, so that nothing is enlarged; None when it may be.
+    Returns None when not even one multiple has room.
+    """
+    most_w, most_h = room or (side * side, side * side)
+
+    def size(w: int) -> tuple[int, int]:
+        return w, min(side * side // w, most_h) // multiple * multiple
+
+    # The ratio w/h only grows with w, so the nearest one stands on either side of where it crosses the aspect.
+    widths = range(multiple, min(most_w, side * side // multiple) + 1, multiple) if most_h >= multiple else range(0)
+    cross = bisect_left(widths, aspect, key=lambda w: w / size(w)[1])
+    near = [size(w) for w in widths[max(cross - 1, 0) : cross + 1]]
+    return min(near, key=lambda wh: (abs(log(wh[0] / wh[1] / aspect)), -wh[0] * wh[1]), default=None)
