@@ -134,11 +134,11 @@ class ModelFamily(Protocol):
         """Conditions of the right shapes, without meaning: for estimates and benches."""
         ...
 
-    def weight_dtype(self) -> str:
-        """fp32, bf16 or fp16: in which the frozen weights will lie in memory."""
+    def weight_dtype(self, precision: str) -> str:
+        """fp32, bf16 or fp16: in which frozen weights lie in memory when the engine multiplies in precision."""
         ...
 
-    def load(self, device: torch.device) -> nn.Module: ...
+    def load(self, device: torch.device, precision: str) -> nn.Module: ...
     def encoders(self, device: torch.device) -> Encoders: ...
     def scheduler(self) -> Any:
         """A fresh diffusers scheduler, as the source's own config asks for."""
@@ -244,6 +244,7 @@ class Engine(Protocol):
     rank: int
     world: int
     device: torch.device
+    precision: str  # fp32, bf16 or fp16, of the multiplications
     can: frozenset[str]
 
     def place(self, network: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module: ...

@@ -1,4 +1,4 @@
-"""Frozen records of what happened in a run. Code tells them; listeners write, draw or ignore them, and change nothing."""
+"""Frozen records of what happened in a run: code tells them, listeners write or draw them and change nothing."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -23,6 +23,14 @@ class PhaseStarted(Event):
     kind: ClassVar[str] = "phase"
     phase: str
     total: int | None = None  # units of work ahead, when known
+
+
+@dataclass(frozen=True, kw_only=True)
+class Notice(Event):
+    """Something that the user should read: a checkpoint passed over, an item that failed."""
+
+    kind: ClassVar[str] = "notice"
+    text: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from tests.math.scipy_free import normal_cdf
 
+from tests.math.scipy_free import normal_cdf
 from weft.math.timesteps import Density, draw_times, stratified
 
 GRID = torch.linspace(0.02, 0.98, 25, dtype=torch.float64)
@@ -36,7 +36,7 @@ def test_drawn_times_follow_the_density(name):
     u = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
     t = draw_times(density, u).double().sort().values
     empirical = torch.arange(1, len(t) + 1, dtype=torch.float64) / len(t)
-    theory = density.cumulative(t.clamp(1e-9, 1 - 1e-9))
+    theory = torch.tensor([cdf(min(max(x, 1e-9), 1 - 1e-9)) for x in t.tolist()], dtype=torch.float64)
     assert (empirical - theory).abs().max() < 1.95 / math.sqrt(len(t))
 
 

@@ -1,0 +1,202 @@
+"""weft init: a commented run.yaml for a model and a folder of clips, ready to train."""
+
+import argparse
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from weft.cli.models import MODELS, KnownModel, recognised
+from weft.config.show import inline
+from weft.data.manifest import IMAGE_ENDINGS, MANIFEST_ENDINGS, VIDEO_ENDINGS
+from weft.errors import ConfigError, DataError, did_you_mean
+from weft.families.wan import Wan
+
+COMMENT_COLUMN = 52
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that was asked for. source: as the config writes it. fetch: the command that brings it, if any."""
+
+    name: str
+    source: str
+    known: KnownModel
+    fetch: str | None = None
+
+
+def run(argv: Sequence[str]) -> int:
+    """Write the config and say what comes next."""
+    parser = argparse.ArgumentParser(prog="weft init", description="Write a commented run.yaml.")
+    parser.add_argument("model", help=f"a folder in diffusers layout, or one of: {', '.join(MODELS)}")
+    parser.add_argument("--data", required=True, type=Path, help="folder of clips with captions, or a manifest")
+    parser.add_argument("--out", type=Path, default=Path("run.yaml"), help="default: run.yaml")
+    arguments = parser.parse_args(argv)
+    out: Path = arguments.out
+    if out.exists():
+        raise ConfigError(f"{out} is already there. Choose another with --out, or delete it.")
+    base, clips = find_base(arguments.model), count_clips(arguments.data)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(written(base, arguments.data, clips), encoding="utf-8")
+    file = shlex.quote(str(out))
+    print(f"wrote {out}: {base.name} on {arguments.data}{f' ({clips} clips)' if clips else ''}. Next:")
+    fetch = (base.fetch,) if base.fetch else ()
+    for command in (*fetch, f"weft plan {file}", f"weft train {file}"):
+        print(f"  {command}")
+    return 0
+
+
+def find_base(model: str) -> Base:
+    """A known name, a repository of one, or a folder. Raises ConfigError with the nearest name, ModelError."""
+    by_repository = {known.repository.lower(): name for name, known in MODELS.items() if known.repository}
+    name = by_repository.get(model.lower(), model.lower())
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        family = Wan.model_validate({"source": folder.as_posix()})
+        family.geometry()
+        network = family.network_config
+        like = recognised(network, (folder / "transformer_2").is_dir())
+        return Base(folder.resolve().name, folder.as_posix(), MODELS[like])
+    if name not in MODELS:
+        what = "no such folder and no known model" if "/" in model else "no known model and no folder here"
+        raise ConfigError(f"'{model}': {what}. {did_you_mean(name.rpartition('/')[2], list(MODELS))}")
+    known = MODELS[name]
+    if known.repository is None:
+        return Base(name, name, known)
+    local = Path("models") / known.repository.rpartition("/")[2]
+    fetch = None if local.is_dir() else f"hf download {known.repository} --local-dir {local.as_posix()}"
+    return Base(name, local.as_posix(), known, fetch)
+
+
+def count_clips(data: Path) -> int:
+    """Videos and images in a folder; 0 for a manifest. Raises DataError when there is nothing to train on."""
+    if data.is_file() and data.suffix.lower() in MANIFEST_ENDINGS:
+        return 0
+    if not data.exists():
+        siblings = [path.name for path in data.parent.iterdir()] if data.parent.is_dir() else []
+        near = f" {did_you_mean(data.name, siblings)}" if siblings else ""
+        raise DataError(f"--data: there is no '{data}' (in {Path.cwd()}).{near}")
+    if data.is_file():
+        raise DataError(f"--data: '{data}' is no manifest ({', '.join(MANIFEST_ENDINGS)}) and no folder of clips.")
+    clips = sum(1 for path in data.rglob("*") if path.suffix.lower() in (*VIDEO_ENDINGS, *IMAGE_ENDINGS))
+    if not clips:
+        endings = ", ".join((*VIDEO_ENDINGS, *IMAGE_ENDINGS))
+        raise DataError(f"--data: '{data}' holds no clip ({endings}). Put clips and their captions there first.")
+    return clips
+
+
+# ---- The text -----------------------------------------------------------------------------------------------------
+
+
+def written(base: Base, data: Path, clips: int) -> str:
+    """The config's text: one key a line, with its reason or unit behind it."""
+    schema = Path(str(files("weft"))) / "weft.schema.json"
+    name = re.sub(r"[^\w.-]+", "-", f"{base.name}-{data.stem}").strip("-.") or "run"
+    head = [
+        f"# yaml-language-server: $schema={schema.as_uri()}",
+        f"# A LoRA on {base.name}. Every key and its meaning: weft config explain",
+    ]
+    lines = [*_model(base, name), *_learning(base.known), *_data(base.known, data, clips), *_watching(base.known)]
+    return "\n".join([*head, *(_line(text, comment) for text, comment in lines)]) + "\n"
+
+
+def _line(text: str, comment: str) -> str:
+    return f"{text:<{COMMENT_COLUMN}}# {comment}" if comment else text
+
+
+Lines = list[tuple[str, str]]
+
+
+def _model(base: Base, name: str) -> Lines:
+    known = base.known
+    subfolder = [(f"  subfolder: {known.subfolder}", known.reason_subfolder)] if known.reason_subfolder else []
+    return [
+        (f"name: {inline(name)}", "the run's folder is runs/NAME"),
+        ("seed: 0", "decides adapter weights, data order and noise"),
+        ("", ""),
+        ("family:", ""),
+        ("  kind: wan", "text-to-video"),
+        (f"  source: {inline(base.source)}", "folder in diffusers layout" if known.repository else "ships with Weft"),
+        *subfolder,
+        ("", ""),
+        ("adapter:", ""),
+        ("  kind: lora", ""),
+        (f"  rank: {known.rank}", "more holds more detail, and learns the clips by heart sooner"),
+        (f"  alpha: {known.rank}", "strength is alpha / rank: 1"),
+        (f"  targets: {known.targets}", "layers that are adapted; weft plan lists them"),
+        ("", ""),
+    ]
+
+
+def _learning(known: KnownModel) -> Lines:
+    low, high = known.times
+    part = [(f"  times: [{low}, {high}]", "the times of this expert; 0 is data, 1 is noise")]
+    return [
+        ("objective:", ""),
+        ("  kind: flow-matching", ""),
+        (
+            f"  timesteps: {{kind: shift, shift: {known.shift}}}",
+            "more noise for larger frames, as the model was trained",
+        ),
+        *(part if (low, high) != (0.0, 1.0) else []),
+        ("", ""),
+        ("optimizer:", ""),
+        ("  kind: adamw", "adamw8bit needs less memory and bitsandbytes"),
+        (f"  lr: {inline(known.lr)}", "halve it when the loss jumps or samples break"),
+        ("", ""),
+        ("schedule:", ""),
+        (f"  steps: {known.steps}", "optimizer steps; weft plan says how many epochs that is"),
+        (f"  accumulate: {known.accumulate}", "micro-batches per step: batch_size x this clips are learned at once"),
+        ("  curve: cosine", "learning rate falls to floor x lr"),
+        (f"  warmup: {known.warmup}", "steps in which the learning rate rises"),
+        ("  floor: 0.1", "share of lr that is left at the end"),
+        ("", ""),
+        ("engine:", ""),
+        ("  precision: auto", "bf16 where the device has it"),
+        (f"  recompute: {inline(known.recompute)}", "true: less memory, about a third slower"),
+        ("", ""),
+    ]
+
+
+def _data(known: KnownModel, data: Path, clips: int) -> Lines:
+    held_out = min(8, clips // 10)
+    reason = "clips kept out of training, to measure on" if held_out else "0: too few clips to spare; give it 1 or more"
+    fps = [(f"  fps: {inline(known.fps)}", known.reason_fps)] if known.fps else []
+    return [
+        ("data:", ""),
+        ("  kind: video", ""),
+        ("  sources:", ""),
+        (f"    - path: {inline(data.as_posix())}", "clips with a .txt caption beside each, or a manifest"),
+        (f"  validation_items: {held_out}", reason),
+        *fps,
+        ("  buckets:", ""),
+        (f"    sides: [{known.side}]", "pixels: area is side x side, aspect ratio the clip's own"),
+        (f"    frames: {inline(list(known.frames))}", "a clip takes the longest that it fills"),
+        ('  caption_prefix: ""', "a trigger word before every caption, if you want one"),
+        (f"  batch_size: {known.batch}", "clips per micro-batch: the first to lower for memory"),
+        ("  cache: disk", "encode each clip once; kept in weft-cache"),
+        ("", ""),
+    ]
+
+
+def _watching(known: KnownModel) -> Lines:
+    width, height, frames = known.sample
+    return [
+        ("validation:", ""),
+        (f"  every: {known.every}", "steps; always on the same noise, so that numbers compare"),
+        ("", ""),
+        ("samples:", ""),
+        (f"  every: {known.every}", "steps between videos, once there are prompts"),
+        ("  prompts: []", "captions as in training, such as [a red fox runs through snow]"),
+        (f"  width: {width}", "pixels"),
+        (f"  height: {height}", "pixels"),
+        (f"  frames: {frames}", "of the form 4k+1"),
+        (f"  guidance: {known.guidance}", "1: off"),
+        ("", ""),
+        ("save:", ""),
+        (f"  every: {known.every}", "steps between checkpoints"),
+        ("  keep: 3", "newest checkpoints that stay on the disk"),
+        ("  formats: [peft, diffusers]", "of the adapter"),
+    ]

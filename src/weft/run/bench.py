@@ -1,0 +1,231 @@
+"""How fast a training step is, where its time goes, and how near to the device's measured limit: the same loop as
+`weft train`, on random latents of a real shape."""
+
+import platform
+import resource
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from statistics import median, quantiles
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from weft.contracts import Batch, Engine, Phase
+from weft.data.buckets import Bucket
+from weft.events import Event, StepEnded
+from weft.math.chance import generator
+from weft.run.assemble import assemble, count_parameters
+from weft.run.config import RunConfig
+from weft.run.estimate import estimate
+from weft.run.learner import Learner
+from weft.run.rehearsal import rehearsed
+from weft.run.train import Course, Outcome, train
+
+WARM_UP = 3
+SCHEMA = 1
+
+
+@dataclass
+class RandomClips:
+    """A stream of random latents of one shape, made before the clock runs."""
+
+    latents: tuple[int, ...]
+    conditions: Callable[[int], Any]
+    items: int
+    last_step: int
+    name: str = "random"
+    made: list[Batch] = field(default_factory=list)
+
+    def batches(self, start: int, rank: int, world: int) -> Iterator[Batch]:
+        if not self.made:
+            for i in range(4):
+                chance = generator("cpu", "bench", i)
+                latents = torch.randn((self.items, *self.latents), generator=chance)
+                keys = tuple(f"{i}.{k}" for k in range(self.items))
+                self.made.append(Batch({"latents": latents, **self.conditions(self.items)}, keys))
+        number = start
+        while True:
+            yield self.made[number % len(self.made)]
+            number += 1
+
+
+class Nothing:
+    """Between the steps of a bench nothing happens, and a step that is skipped is an error."""
+
+    def after_step(self, learner: Learner) -> None: ...
+    def after_experience(self, learner: Learner) -> None: ...
+    def skipped(self, learner: Learner, phase: Phase, outcome: Outcome) -> None:
+        raise ArithmeticError(f"the gradient of step {learner.step + 1} is not finite")
+
+
+def bench(config: RunConfig, bucket: Bucket, steps: int) -> dict[str, Any]:
+    """Time steps of one bucket after a warm-up. Returns the figures of docs/benchmarks.md, as plain data."""
+    engine = config.engine.open()
+    ceiling = matmul_peak(engine)
+    reset_peak(engine)
+    learner = assemble(config, engine)
+    geometry, items = config.family.geometry(), config.data.batch_size
+    stream = RandomClips(
+        geometry.latent_shape(bucket.frames, bucket.height, bucket.width), config.family.conditions, items,
+        WARM_UP + steps,
+    )  # fmt: skip
+    heard: list[StepEnded] = []
+
+    def tell(event: Event) -> None:
+        if isinstance(event, StepEnded):
+            heard.append(event)
+
+    train(learner, [stream], Course(config.schedule, Nothing(), tell, wait=waiter(engine)))
+    counted = heard[WARM_UP:]
+    seconds = [event.seconds["total"] for event in counted]
+    flops = model_flops(config, bucket) * config.schedule.accumulate
+    predicted = estimate(config, [bucket], count_parameters(learner).trainable)[bucket]
+    losses = [event.metrics["train/loss"] for event in heard]
+    tokens = bucket.tokens * items * config.schedule.accumulate
+    return {
+        "schema": SCHEMA,
+        "hardware": hardware(engine),
+        "software": {name: version(name) for name in ("weft", "torch", "diffusers", "peft")},
+        "case": case(config, bucket),
+        "ceiling_matmul_flops": ceiling,
+        "model_flops": flops,
+        "step_seconds": {"median": median(seconds), **spread(seconds), "steps": len(seconds)},
+        "share": shares(counted),
+        "tokens_per_second": tokens / median(seconds),
+        "mfu": flops / median(seconds) / ceiling,
+        "memory_bytes": {"peak": peak_memory(engine), "planned": predicted.total},
+        "loss": {"first": losses[0], "last": losses[-1]},
+    }
+
+
+def waiter(engine: Engine) -> Callable[[], None] | None:
+    """On a GPU the host must wait before it reads the clock; a cpu never runs ahead."""
+    return None if engine.device.type == "cpu" else torch.cuda.synchronize
+
+
+def spread(seconds: Sequence[float]) -> dict[str, float]:
+    """The 10th and 90th percentile."""
+    if len(seconds) < 2:
+        return {"p10": seconds[0], "p90": seconds[0]}
+    tenths = quantiles(seconds, n=10, method="inclusive")
+    return {"p10": tenths[0], "p90": tenths[-1]}
+
+
+def shares(events: Sequence[StepEnded]) -> dict[str, float]:
+    """Share of the steps' time in data, forward, backward, optimizer, and the rest, which is the loop's own."""
+    total = sum(event.seconds["total"] for event in events)
+    parts = {
+        part: sum(event.seconds.get(part, 0.0) for event in events) / total
+        for part in ("data", "forward", "backward", "optimizer")
+    }
+    return {**parts, "loop": 1 - sum(parts.values())}
+
+
+def case(config: RunConfig, bucket: Bucket) -> dict[str, Any]:
+    """What was measured."""
+    return {
+        "family": config.family.kind,
+        "source": config.family.source,
+        "frames": bucket.frames,
+        "height": bucket.height,
+        "width": bucket.width,
+        "tokens": bucket.tokens,
+        "batch": config.data.batch_size,
+        "accumulate": config.schedule.accumulate,
+        "backend": config.adapter.backend,
+        "rank": config.adapter.rank,
+        "targets": config.adapter.targets,
+        "precision": config.engine.precision,
+        "recompute": config.engine.recompute,
+    }
+
+
+def matmul_peak(engine: Engine) -> float:
+    """FLOP/s of the best of several large matrix products on random data, in the engine's precision."""
+    on_cpu = engine.device.type == "cpu"
+    side, rounds = (1024, 8) if on_cpu else (8192, 20)
+    with engine.computing():
+        dtype = torch.get_autocast_dtype(engine.device.type) if torch.is_autocast_enabled(engine.device.type) else None
+    a, b = (
+        torch.randn(side, side, device=engine.device, dtype=dtype, generator=generator(engine.device, "peak", i))
+        for i in (0, 1)
+    )
+    best = float("inf")
+    for _ in range(rounds):
+        wait = waiter(engine)
+        if wait:
+            wait()
+        began = perf_counter()
+        torch.matmul(a, b)
+        if wait:
+            wait()
+        best = min(best, perf_counter() - began)
+    return 2 * side**3 / best
+
+
+def model_flops(config: RunConfig, bucket: Bucket) -> int:
+    """FLOP of one micro-batch, forward and backward without recomputation, counted on fake tensors.
+
+    Matrix products and convolutions as torch counts them; attention 4 Nq Nk d forward and 8 Nq Nk d backward.
+    """
+    counter = FlopCounterMode(display=False, custom_mapping=attention_flops())
+    with rehearsed(config, bucket, torch.float32) as rehearsal, counter:
+        rehearsal.loss().backward()
+    return counter.get_total_flops()
+
+
+def attention_flops() -> dict[Any, Any]:
+    """Formulas of the cpu's attention kernel, which torch's table lacks."""
+
+    def forward(query: tuple[int, ...], key: tuple[int, ...], *_: Any, **__: Any) -> int:
+        batch, heads, queries, width = query
+        return 4 * batch * heads * queries * key[2] * width
+
+    def backward(_: Any, query: tuple[int, ...], key: tuple[int, ...], *__: Any, **___: Any) -> int:
+        return 2 * forward(query, key)
+
+    ops = torch.ops.aten
+    return {
+        ops._scaled_dot_product_flash_attention_for_cpu: forward,
+        ops._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+
+
+def hardware(engine: Engine) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "device": str(engine.device),
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+    }
+    if engine.device.type == "cuda":
+        facts |= {"gpu": torch.cuda.get_device_name(engine.device), "cuda": torch.version.cuda}
+    return facts
+
+
+def processor() -> str:
+    """The cpu's own name, where the system tells it."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def reset_peak(engine: Engine) -> None:
+    if engine.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(engine.device)
+
+
+def peak_memory(engine: Engine) -> int:
+    """Bytes: of the device's allocator, or on a cpu the whole process with its libraries."""
+    if engine.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(engine.device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+

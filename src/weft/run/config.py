@@ -1,0 +1,137 @@
+"""The config of a run: one model whose sections are the objects that they describe."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from weft import plugins
+from weft.config.parse import parse
+from weft.config.source import Source, read_source
+from weft.section import Section
+
+
+class Schedule(Section):
+    """How long to train, how many micro-batches make a step, and how the learning rate moves."""
+
+    steps: int = Field(default=1000, ge=1, description="optimizer steps of the whole run")
+    accumulate: int = Field(default=1, ge=1, description="micro-batches whose gradients are summed into one step")
+    max_norm: float = Field(default=1.0, ge=0, description="gradients are scaled down to this global norm; 0: never")
+    curve: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="after the warm-up: constant, or falling to floor x lr at the last step"
+    )
+    warmup: int = Field(default=0, ge=0, description="steps in which the learning rate rises from 0 to lr")
+    floor: float = Field(default=0.0, ge=0, le=1, description="share of lr that is left at the last step")
+    incidents: int = Field(default=5, ge=1, description="stop after so many steps in a row without a finite gradient")
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> "Schedule":
+        if self.warmup >= self.steps:
+            raise ValueError(f"schedule.warmup is {self.warmup}, but the run has only {self.steps} steps. Lower it.")
+        return self
+
+
+class Save(Section):
+    """When the run saves itself, and in which formats adapters are written."""
+
+    every: int = Field(default=250, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep: int = Field(default=3, ge=1, description="newest checkpoints that are kept")
+    formats: tuple[str, ...] = Field(
+        default=("peft", "diffusers"), min_length=1, description="formats of the saved adapter: peft, diffusers"
+    )
+
+    @model_validator(mode="after")
+    def _formats_exist(self) -> "Save":
+        from weft.errors import did_you_mean
+
+        for name in self.formats:
+            if name not in plugins.table("format"):
+                raise ValueError(f"no format is called '{name}'. {did_you_mean(name, sorted(plugins.table('format')))}")
+        return self
+
+
+class Ema(Section):
+    """An exponential moving average of the adapter weights, saved beside them and used for samples and export."""
+
+    decay: float = Field(default=0.99, gt=0, lt=1, description="share of the average that stays at each step")
+    start: int = Field(default=0, ge=0, description="step from which on it averages; before, it equals the weights")
+
+
+class Validation(Section):
+    """Loss on held-out clips, on the same noise each time, with the adapter-off loss as the baseline."""
+
+    every: int = Field(default=250, ge=0, description="steps between validations, also at start and end; 0: never")
+    seed: int = Field(default=0, ge=0, description="seed of the fixed noise")
+
+
+class Samples(Section):
+    """Videos made during training from the same noise, once with the base alone for comparison."""
+
+    every: int = Field(default=0, ge=0, description="steps between samples; 0: only at the end, when there are prompts")
+    prompts: tuple[str, ...] = Field(default=(), description="what to generate")
+    frames: int = Field(default=81, ge=1, description="frames of a sample, of the form 4k+1")
+    width: int = Field(default=832, ge=8, description="pixels")
+    height: int = Field(default=480, ge=8, description="pixels")
+    steps: int = Field(default=30, ge=1, description="denoising steps")
+    guidance: float = Field(default=5.0, ge=0, description="classifier-free guidance g in u + g(c-u); 1: off")
+    negative: str = Field(default="", description="negative prompt of the guidance")
+    seed: int = Field(default=0, ge=0, description="seed of the noise")
+    baseline: bool = Field(default=True, description="also sample the base without the adapter, once")
+
+
+class RunConfig(Section):
+    """One training run. Every run has its own folder, output/name."""
+
+    name: str = Field(pattern=r"^[\w][\w.-]*$", description="name of the run and of its folder")
+    output: Path = Field(default=Path("runs"), description="folder that holds the run folders")
+    seed: int = Field(
+        default=0, ge=0, lt=2**63, description="decides the adapter's first weights, data order and noise"
+    )
+    family: plugins.union("family") = Field(description="the frozen model")  # type: ignore[valid-type]
+    adapter: plugins.union("adapter") = Field(description="what is trained on it")  # type: ignore[valid-type]
+    objective: plugins.union("objective") = Field(description="what is learned from a batch")  # type: ignore[valid-type]
+    optimizer: plugins.union("optimizer") = Field(description="how the weights move")  # type: ignore[valid-type]
+    data: plugins.union("data") = Field(description="clips, captions, buckets, cache")  # type: ignore[valid-type]
+    engine: plugins.union("engine") = Field(  # type: ignore[valid-type]
+        default_factory=lambda: plugins.find("engine", "single")(), description="device and precision"
+    )
+    schedule: Schedule = Field(default_factory=Schedule, description="length, accumulation, learning-rate curve")
+    ema: Ema | None = Field(default=None, description="moving average of the adapter; leave out for none")
+    validation: Validation = Field(default_factory=Validation, description="loss on held-out clips")
+    samples: Samples = Field(default_factory=Samples, description="videos made while training")
+    save: Save = Field(default_factory=Save, description="checkpoints and adapter formats")
+    resume: str = Field(
+        default="auto",
+        description="auto: continue when the run folder has a checkpoint; latest: it must have one; never: start anew "
+        "in an empty folder; or the path of a checkpoint",
+    )
+    resume_allow: tuple[str, ...] = Field(
+        default=(), description="dotted keys that may differ from the checkpoint's config, such as optimizer.lr"
+    )
+
+    @property
+    def folder(self) -> Path:
+        """Where the run lives."""
+        return self.output / self.name
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain data that parses to an equal config."""
+        return self.model_dump(mode="json")
+
+
+# Keys that change no number of the training: a resumed run may differ in them without being told so.
+FREE_ON_RESUME = ("name", "output", "resume", "resume_allow", "save", "samples", "validation", "data.cache",
+                  "data.cache_folder", "data.unreadable")  # fmt: skip
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's YAML with dotted overrides. Raises ConfigError with every problem at once."""
+    return parse_config(read_source(Path(path), overrides))
+
+
+def parse_config(source: Source) -> RunConfig:
+    """The run that a read source describes."""
+    config = parse(RunConfig, source)
+    assert isinstance(config, RunConfig)
+    return config

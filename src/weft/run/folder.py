@@ -1,0 +1,150 @@
+"""A run's folder: what stands where, and how files and folders come to be there whole or not at all.
+
+    config.yaml            resolved; parses to the same config          config.input.yaml   as the user wrote it
+    environment.json       versions, device, git, command line          process.rank0.json  who runs here, since when
+    events.rank0.jsonl     one event a line, appended for ever
+    checkpoints/global_step_N/   everything to resume exactly           global_step_N/      the adapter, for use
+    adapter/               the finished adapter                         samples/ incidents/
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from weft.errors import RunError
+
+PACKAGES = ("weft", "torch", "diffusers", "transformers", "peft", "safetensors", "av", "numpy", "pydantic")
+
+
+def sync(path: Path) -> None:
+    """Put a file or a folder's entries on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if path.is_file():  # folders cannot be synced on every file system; files can
+            raise
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file atomically."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    sync(temporary)
+    temporary.replace(path)
+
+
+def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
+    """Fill a folder beside the target, put it on the disk, and give it the target's name: whole, or not there.
+
+    An older folder of that name is replaced. A killed process leaves at most a `.tmp-` folder, which the next run
+    removes.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        fill(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for path in temporary.rglob("*"):
+        sync(path)
+    sync(temporary)
+    if target.exists():
+        old = target.with_name(f".tmp-old-{target.name}-{os.getpid()}")
+        target.rename(old)
+        temporary.rename(target)
+        shutil.rmtree(old)
+    else:
+        temporary.rename(target)
+    sync(target.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed processes left half-written."""
+    for parent in (folder, folder / "checkpoints"):
+        for path in parent.glob(".tmp-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def claim(folder: Path, rank: int = 0) -> Path:
+    """Write down that this process trains here. Raises RunError when a living process of this machine does already."""
+    path = folder / f"process.rank{rank}.json"
+    if path.is_file():
+        try:
+            other = json.loads(path.read_text())
+        except json.JSONDecodeError:
+            other = {}
+        pid = other.get("pid")
+        if pid and other.get("host") == platform.node() and pid != os.getpid() and is_alive(pid, other.get("born")):
+            raise RunError(
+                f"{folder}: process {pid} trains in this run folder. Wait for it, stop it, or choose another 'name'."
+            )
+    facts = {"pid": os.getpid(), "born": born(os.getpid()), "host": platform.node(), "started": time.time()}
+    write_text(path, json.dumps(facts))
+    return path
+
+
+def born(pid: int) -> str | None:
+    """When a process began, as the kernel counts it: pids are used again, births are not. None off Linux."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return None
+
+
+def is_alive(pid: int, birth: str | None) -> bool:
+    """Whether the process that wrote itself down still runs."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return birth is None or born(pid) == birth
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions, machine and command line of this run, for its folder and its adapters' provenance."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "device": device,
+        "argv": sys.argv,
+        "git": git_commit(),
+    }
+
+
+def git_commit() -> str | None:
+    """Commit of the working directory, with a plus when files have changed; None outside of a repository."""
+    try:
+        asked = ["git", "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"]
+        found = subprocess.run(asked, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None if found.returncode == 0 else None
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Replace a JSON file atomically."""
+    write_text(path, json.dumps(data, indent=1, default=str) + "\n")

@@ -1,0 +1,184 @@
+"""What hears the events of a run: the log in its folder, and the lines or the bar on the terminal."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
+
+from weft import events
+from weft.events import Event
+
+PLAIN_SECONDS = 10.0  # between two lines of progress when the output is no terminal
+
+
+class EventLog:
+    """Appends each event as one line of JSON with the time, and hands it to the system at once, so that a killed
+    process loses nothing. Progress within a phase is not kept."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torn = path.is_file() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
+        self._file: TextIO = path.open("a")
+        if torn:  # a process was killed within a line
+            self._file.write("\n")
+
+    def __call__(self, event: Event) -> None:
+        if not isinstance(event, events.Progress):
+            self._file.write(json.dumps({"time": round(time.time(), 3), **event.record()}) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_events(path: Path) -> Iterator[dict[str, Any]]:
+    """Every whole event of a log; a line that was cut off by a kill is no event."""
+    for line in path.read_text().splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue
+
+
+def read_steps(path: Path) -> dict[int, dict[str, Any]]:
+    """Step -> its record. A resumed run repeats steps of the killed one: the later record counts, and steps beyond
+    the last resume that were never repeated are not the run's."""
+    steps: dict[int, dict[str, Any]] = {}
+    for event in read_events(path):
+        if event["event"] == "run_started":
+            steps = {step: record for step, record in steps.items() if step <= event["step"]}
+        elif event["event"] == "step":
+            steps[event["step"]] = event
+    return steps
+
+
+class Eta:
+    """Seconds left, from the pace of recent steps; the first steps of a process are slower and do not count."""
+
+    WARM_UP = 2
+
+    def __init__(self) -> None:
+        self._pace: float | None = None
+        self._seen = 0
+
+    def step(self, seconds: float) -> None:
+        self._seen += 1
+        if self._seen > self.WARM_UP:
+            self._pace = seconds if self._pace is None else 0.9 * self._pace + 0.1 * seconds
+
+    @property
+    def pace(self) -> float | None:
+        return self._pace
+
+    def left(self, steps: int) -> float | None:
+        return None if self._pace is None else self._pace * steps
+
+
+def clock(seconds: float | None) -> str:
+    """1:02:03, 2:03, or -- when it is not known."""
+    if seconds is None:
+        return "--"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Terminal:
+    """A bar with phase, loss, speed and time left on a terminal; a plain line now and then elsewhere."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False)
+        self._live = self.console.is_terminal
+        self._bar = Progress(
+            SpinnerColumn(), TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"), console=self.console, transient=True,
+        )  # fmt: skip
+        self._tasks: dict[str, TaskID] = {}
+        self._eta = Eta()
+        self._loss: float | None = None
+        self._said = 0.0
+        self._total = 0
+        self._handlers: Mapping[type[Event], Callable[[Any], None]] = {
+            events.PhaseStarted: self._phase,
+            events.Progress: self._progress,
+            events.Notice: lambda event: self._say(event.text),
+            events.RunStarted: self._run_started,
+            events.StepEnded: self._step,
+            events.Evaluated: self._evaluated,
+            events.Incident: self._incident,
+            events.Saved: lambda event: self._say(f"step {event.step}: saved {event.folder}"),
+            events.Sampled: lambda event: self._say(f"step {event.step}: sample {event.file}"),
+            events.Exported: lambda event: self._say(f"adapter: {event.folder}"),
+            events.RunEnded: self._run_ended,
+        }
+
+    def __call__(self, event: Event) -> None:
+        handler = self._handlers.get(type(event))
+        if handler:
+            handler(event)
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def _show(self, phase: str, done: int, total: int, note: str) -> None:
+        if self._live:
+            self._bar.start()
+            if phase not in self._tasks:
+                self._tasks[phase] = self._bar.add_task(phase, total=total, note="")
+            self._bar.update(self._tasks[phase], completed=done, total=total, note=note)
+            if done >= total:
+                self._bar.remove_task(self._tasks.pop(phase))
+        elif done >= total or time.monotonic() - self._said >= PLAIN_SECONDS:
+            self._said = time.monotonic()
+            self._say(f"{phase} {done}/{total}  {note}".rstrip())
+
+    def _phase(self, event: events.PhaseStarted) -> None:
+        if event.total is None and not self._live:
+            self._say(f"{event.phase} …")
+
+    def _progress(self, event: events.Progress) -> None:
+        self._show(event.phase, event.done, event.total, event.note)
+
+    def _run_started(self, event: events.RunStarted) -> None:
+        self._total = event.total_steps
+        origin = f", resumed from {event.resumed_from}" if event.resumed_from else ""
+        self._say(
+            f"training {event.name}: step {event.step} of {event.total_steps}, "
+            f"{event.trainable:,} trainable parameters on {event.device}{origin}"
+        )
+
+    def _step(self, event: events.StepEnded) -> None:
+        loss = next((value for name, value in event.metrics.items() if name.endswith("/loss")), None)
+        if loss is not None and loss == loss:
+            self._loss = loss if self._loss is None else 0.9 * self._loss + 0.1 * loss
+        self._eta.step(event.seconds["total"])
+        pace = f"{self._eta.pace:.2f} s/step" if self._eta.pace else "warming up"
+        left = clock(self._eta.left(self._total - event.step))
+        smooth = f"{self._loss:.4f}" if self._loss is not None else "--"
+        self._show("training", event.step, self._total, f"loss {smooth}  {pace}  {left} left")
+
+    def _evaluated(self, event: events.Evaluated) -> None:
+        if event.loss is None or event.baseline is None:
+            self._say(f"step {event.step}: validation measured nothing, {event.failed} items failed")
+            return
+        failed = f", {event.failed} items FAILED" if event.failed else ""
+        self._say(
+            f"step {event.step}: validation loss {event.loss:.4f}, without the adapter {event.baseline:.4f} "
+            f"({event.items} items{failed})"
+        )
+
+    def _incident(self, event: events.Incident) -> None:
+        self._say(f"step {event.step}: {event.reason}; nothing was learned from it ({event.in_a_row} in a row)")
+
+    def _run_ended(self, event: events.RunEnded) -> None:
+        self.close()
+        self._say(f"{event.outcome} at step {event.step}" + (f": {event.reason}" if event.reason else ""))
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._live:
+            self._bar.stop()

@@ -1,0 +1,193 @@
+"""One training run from its config to its adapter: check, cache, assemble, resume, train, export."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from weft.config.show import Change, diff
+from weft.data.cache import CacheStatus
+from weft.data.survey import Survey
+from weft.errors import RunError
+from weft.events import Listener, Notice, PhaseStarted, RunEnded, RunStarted, tell_all
+from weft.run.assemble import assemble, count_parameters, free_memory, start_from, target_report
+from weft.run.checkpoint import find_checkpoint, read_checkpoint, restore_learner, seed_chance
+from weft.run.config import FREE_ON_RESUME, RunConfig
+from weft.run.evaluate import Evaluator
+from weft.run.folder import claim, environment, remove_leftovers, write_json, write_text
+from weft.run.learner import Learner
+from weft.run.listeners import EventLog
+from weft.run.milestones import Keeper, LazyEncoders
+from weft.run.provenance import provenance
+from weft.run.sampling import check_shape
+from weft.run.train import Course, train
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended. adapter: the finished adapter's folder, or None when it was stopped before the end."""
+
+    folder: Path
+    step: int
+    finished: bool
+    adapter: Path | None
+    loss: float | None = None
+    baseline: float | None = None
+
+
+def train_run(
+    config: RunConfig,
+    tell: Listener,
+    stop: Callable[[], bool] = lambda: False,
+    input_text: str = "",
+) -> Result:
+    """Train as the config says, from the newest checkpoint where there is one. Raises WeftError."""
+    survey = check(config)
+    run = config.folder
+    checkpoint, passed = find_checkpoint(run, config.resume)
+    state = resumed_state(config, checkpoint)
+    run.mkdir(parents=True, exist_ok=True)
+    process = claim(run)
+    log = EventLog(run / "events.rank0.jsonl")
+    tell = tell_all(log, tell)
+    learner: Learner | None = None
+    try:
+        remove_leftovers(run)
+        write_inputs(config, input_text)
+        for sentence in passed:
+            tell(Notice(text=sentence))
+        learner, keeper, stream = prepare(config, survey, tell)
+        seed_chance(config.seed)
+        if state is None:
+            start_from(config, learner)
+        else:
+            restore_learner(learner, state)
+            keeper.saved_at = learner.step
+        tell(started(config, learner, checkpoint))
+        keeper.before_start(learner)
+        tell(PhaseStarted(phase="training", total=config.schedule.steps))
+        finished = train(learner, stream, Course(config.schedule, keeper, tell, stop))
+        result = conclude(learner, keeper, finished)
+        tell(RunEnded(step=learner.step, outcome="finished" if finished else "stopped"))
+        return result
+    except BaseException as failed:
+        reason = f"{type(failed).__name__}: {failed}".splitlines()[0]
+        tell(RunEnded(step=learner.step if learner else 0, outcome="failed", reason=reason))
+        raise
+    finally:
+        log.close()
+        process.unlink(missing_ok=True)
+
+
+def check(config: RunConfig) -> Survey:
+    """All that can be refused before weights are read: model files, clips, targets, buckets, sample sizes."""
+    survey = config.data.survey(config.family.geometry())
+    survey.refuse_when_unusable(config.data.unreadable)
+    check_samples(config)
+    target_report(config, config.family.skeleton())
+    return survey
+
+
+def check_samples(config: RunConfig) -> None:
+    """Raises ConfigError for sample sizes that the model cannot make."""
+    samples = config.samples
+    if samples.prompts:
+        check_shape(config.family.geometry(), samples.frames, samples.width, samples.height, "samples.")
+
+
+def fill_cache(config: RunConfig, survey: Survey, tell: Listener) -> CacheStatus:
+    """Encode what the cache lacks, and say what it holds then."""
+    engine = config.engine.open()
+    store = config.data.store(survey, config.family.identity())
+    filled = store.fill(lambda: config.family.encoders(engine.device), tell)
+    survey.without(filled.failed).refuse_when_unusable(config.data.unreadable)
+    return store.status()
+
+
+def prepare(config: RunConfig, survey: Survey, tell: Listener) -> tuple[Learner, Keeper, Sequence[Any]]:
+    """Cached data, an assembled learner, and what happens between its steps."""
+    engine = config.engine.open()
+    tell(PhaseStarted(phase="starting"))
+    identity = config.family.identity()
+    encoders = LazyEncoders(lambda: config.family.encoders(engine.device))
+    dataset = config.data.open(
+        survey, identity, encoders.open, tell, seed=config.seed, last_step=config.schedule.steps
+    )
+    if config.data.cache != "off":
+        encoders.close()
+    free_memory()
+    learner = assemble(config, engine)
+    evaluator = None
+    if survey.validation and config.validation.every:
+        batches, failed = dataset.validation()
+        for item in failed:
+            tell(Notice(text=f"validation: {item.key} cannot be measured: {item.reason}"))
+        evaluator = Evaluator(batches, len(failed), config.validation.seed)
+    facts = provenance(config, survey, identity, engine.device)
+    return learner, Keeper(config, facts, tell, encoders, evaluator, survey.fps), [dataset.train]
+
+
+def conclude(learner: Learner, keeper: Keeper, finished: bool) -> Result:
+    """Save; at the end also the finished adapter and its samples."""
+    keeper.save(learner)
+    if not finished:
+        return Result(keeper.run, learner.step, False, None)
+    folder = keeper.export_final(learner)
+    if keeper.config.samples.prompts:
+        keeper.sample(learner)
+    last = keeper.last
+    return Result(
+        keeper.run, learner.step, True, folder, last.loss if last else None, last.baseline if last else None
+    )
+
+
+def started(config: RunConfig, learner: Learner, checkpoint: Path | None) -> RunStarted:
+    return RunStarted(
+        name=config.name,
+        step=learner.step,
+        total_steps=config.schedule.steps,
+        resumed_from=str(checkpoint) if checkpoint else None,
+        trainable=count_parameters(learner).trainable,
+        device=str(learner.engine.device),
+        rank=learner.engine.rank,
+        world=learner.engine.world,
+    )
+
+
+def write_inputs(config: RunConfig, input_text: str) -> None:
+    """The resolved config, the user's own text, and the environment, in the run's folder."""
+    run = config.folder
+    write_text(run / "config.yaml", yaml.safe_dump(config.resolved(), sort_keys=False, allow_unicode=True))
+    if input_text:
+        write_text(run / "config.input.yaml", input_text)
+    write_json(run / "environment.json", environment(config.engine.device))
+
+
+def resumed_state(config: RunConfig, checkpoint: Path | None) -> Mapping[str, Any] | None:
+    """The checkpoint's state. Raises RunError with the differences when its config trains something else."""
+    if checkpoint is None:
+        return None
+    state, old = read_checkpoint(checkpoint)
+    changes = [c for c in diff(old, config.resolved()) if not is_free(c, config.resume_allow)]
+    if changes:
+        lines = "\n".join(f"  {c.path}: {c.old!r} -> {c.new!r}" for c in changes)
+        allow = ",".join(sorted({c.path for c in changes}))
+        raise RunError(
+            f"{config.folder} cannot go on from {checkpoint.name}: the config has changed since.\n{lines}\n"
+            f"Change it back, give the run another 'name', or allow it: resume_allow=[{allow}]."
+        )
+    if state["step"] > config.schedule.steps:
+        raise RunError(
+            f"{checkpoint} is at step {state['step']}, beyond schedule.steps ({config.schedule.steps}). Raise it."
+        )
+    return state
+
+
+def is_free(change: Change, allowed: Sequence[str]) -> bool:
+    """Whether a change alters no number of the training, or is allowed by name."""
+    free = (*FREE_ON_RESUME, *allowed)
+    return any(change.path == key or change.path.startswith(f"{key}.") for key in free)
+
+

@@ -1,0 +1,127 @@
+"""The loop: draw micro-batches, sum their gradients, move the optimizers of the phase; all kinds of training run it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from weft.contracts import Batch, Experience, Phase, Stepped
+from weft.events import Listener, StepEnded
+from weft.math.schedule import lr_factor
+from weft.run.config import Schedule
+from weft.run.learner import Learner
+from weft.run.stopwatch import Stopwatch
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one phase did. metrics: means over items and ranks. steps: by optimizer. keys: of the items drawn."""
+
+    metrics: dict[str, float]
+    steps: dict[str, Stepped]
+    batches: Sequence[Batch]
+
+    @property
+    def moved(self) -> bool:
+        return all(step.moved for step in self.steps.values())
+
+
+class Milestones(Protocol):
+    """What happens between steps; none of it changes what is learned."""
+
+    def after_step(self, learner: Learner) -> None: ...
+    def after_experience(self, learner: Learner) -> None: ...
+    def skipped(self, learner: Learner, phase: Phase, outcome: Outcome) -> None:
+        """A step whose gradient was not finite. Raises RunError when there were too many in a row."""
+        ...
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a run goes: its length and rates, what happens between steps, who hears of it, and what ends it early.
+
+    wait: called before the clock is read; set only where exact parts of a step are worth waiting for the device.
+    """
+
+    schedule: Schedule
+    milestones: Milestones
+    tell: Listener
+    stop: Callable[[], bool] = lambda: False
+    wait: Callable[[], None] | None = None
+
+
+def train(learner: Learner, stream: Sequence[Experience], course: Course) -> bool:
+    """Go through the stream's experiences in order, from where the learner stands. False when it was stopped."""
+    for experience in stream:
+        if learner.step >= experience.last_step:
+            continue
+        feed = experience.batches(learner.drawn, learner.engine.rank, learner.engine.world)
+        while learner.step < experience.last_step:
+            if course.stop():
+                return False
+            watch, metrics, keys = Stopwatch(course.wait), {}, []
+            for phase in learner.objective.phases(learner.step):
+                outcome = run_phase(phase, learner, feed, course, watch)
+                metrics |= outcome.metrics | settle(phase, learner, outcome, course)
+                keys.extend(key for batch in outcome.batches for key in batch.keys)
+            learner.step += 1
+            seconds = watch.seconds()
+            course.tell(
+                StepEnded(
+                    step=learner.step, experience=experience.name, metrics=metrics, seconds=seconds, keys=tuple(keys)
+                )
+            )
+            course.milestones.after_step(learner)
+        learner.drawn = 0
+        course.milestones.after_experience(learner)
+    return True
+
+
+def run_phase(phase: Phase, learner: Learner, feed: Iterator[Batch], course: Course, watch: Stopwatch) -> Outcome:
+    """One backward pass under one role, and the optimizers that it moves."""
+    objective, engine, schedule = learner.objective, learner.engine, course.schedule
+    set_learning_rates(learner, phase, schedule)
+    batches, first = [engine.put(next(feed)) for _ in range(schedule.accumulate)], learner.drawn
+    watch.lap("data")
+    items = engine.total(torch.tensor(sum(map(objective.count, batches)), device=engine.device))
+    sums: dict[str, Tensor] = {}
+    # Backward stays inside the role: there a recomputed block runs its forward a second time.
+    with learner.model.adapters.use(phase.role):
+        for i, batch in enumerate(batches, start=1):
+            learner.drawn = first + i
+            with engine.computing():
+                loss = objective.loss(phase.name, learner.model, batch, learner.state, learner.rng(phase.name))
+            watch.lap("forward")
+            engine.backward(loss.total / items, last=i == len(batches))
+            watch.lap("backward")
+            for name, value in {"loss": loss.total, **loss.metrics}.items():
+                sums[name] = sums.get(name, torch.zeros((), device=engine.device)) + value.detach()
+    steps = {name: engine.step(learner.optimizers[name], schedule.max_norm) for name in phase.optimizers}
+    watch.lap("optimizer")
+    means = {f"{phase.name}/{name}": float(engine.total(value) / items) for name, value in sums.items()}
+    norms = {f"{name}/grad_norm": step.norm for name, step in steps.items()}
+    rates = {f"{name}/lr": learner.optimizers[name].param_groups[0]["lr"] for name in phase.optimizers}
+    return Outcome(means | norms | rates, steps, batches)
+
+
+def settle(phase: Phase, learner: Learner, outcome: Outcome, course: Course) -> dict[str, float]:
+    """After the optimizers: what adapters hold to after a step and the moving average, or the account of a skip."""
+    if not outcome.moved:
+        learner.skipped_in_a_row += 1
+        course.milestones.skipped(learner, phase, outcome)
+        return {f"{phase.name}/skipped": 1.0}
+    learner.skipped_in_a_row = 0
+    logged = learner.model.adapters.after_step(phase.role)
+    if phase.role in learner.ema:
+        learner.ema[phase.role].update(learner.step + 1, learner.model.adapters.parameters(phase.role))
+    return {f"{phase.role}/{name}": value for name, value in logged.items()}
+
+
+def set_learning_rates(learner: Learner, phase: Phase, schedule: Schedule) -> None:
+    """Each group's rate from its own base, as a pure function of the step."""
+    factor = lr_factor(learner.step, schedule.steps, schedule.warmup, schedule.curve, schedule.floor)
+    for name in phase.optimizers:
+        for group in learner.optimizers[name].param_groups:
+            group["lr"] = group["base_lr"] * factor

@@ -1,0 +1,84 @@
+"""`weft init` writes a config that parses as it stands, for every model that it knows."""
+
+from pathlib import Path
+
+import pytest
+
+import weft
+from weft.cli.init import run
+from weft.cli.models import MODELS
+from weft.errors import ConfigError, DataError, ModelError
+from weft.run.config import RunConfig, load_config
+
+TINY = Path(weft.__file__).parent / "demo" / "tiny_wan"
+
+
+@pytest.fixture
+def clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of twenty clips in the working folder, by their names alone."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "my clips"
+    folder.mkdir()
+    for number in range(20):
+        (folder / f"{number}.mp4").touch()
+    return Path("my clips")
+
+
+def init(*arguments: str | Path) -> RunConfig:
+    assert run([str(argument) for argument in arguments]) == 0
+    return load_config(Path("run.yaml"))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_what_is_written_for_a_known_model_parses_and_names_its_sizes(model: str, clips: Path):
+    config = init(model, "--data", clips)
+    assert config.samples.frames == MODELS[model].sample[2]
+    assert config.objective.timesteps.shift == MODELS[model].shift
+    assert config.data.sources[0].path == clips
+    assert config.data.validation_items == 2
+
+
+def test_every_line_but_headings_says_why_or_in_which_unit(clips: Path):
+    init("wan2.1-t2v-1.3b", "--data", clips)
+    text = Path("run.yaml").read_text()
+    assert text.startswith("# yaml-language-server: $schema=file:///")
+    bare = [line for line in text.splitlines()[2:] if line and not line.endswith(":") and "#" not in line]
+    assert [line.strip() for line in bare] == ["kind: lora", "kind: flow-matching", "kind: video"]
+
+
+def test_the_next_commands_are_told_with_the_download_when_it_is_needed(clips: Path, capsys):
+    init("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "--data", clips)
+    commands = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert commands == [["hf", "download"], ["weft", "plan"], ["weft", "train"]]
+
+
+def test_a_folder_in_diffusers_layout_is_recognised(clips: Path):
+    config = init(TINY, "--data", clips)
+    assert config.family.source == TINY.as_posix() and config.data.fps == 8
+
+
+def test_a_folder_that_is_no_model_is_refused(clips: Path):
+    with pytest.raises(ModelError, match="A folder in diffusers layout was expected"):
+        run([str(clips), "--data", str(clips)])
+
+
+@pytest.mark.parametrize("model", ["tiny-wann", "Tiny_Wan", "Wan-AI/tiny-wam"])
+def test_an_unknown_model_is_answered_with_the_nearest(model: str, clips: Path):
+    with pytest.raises(ConfigError, match=r"Did you mean 'tiny-wan'\?"):
+        run([model, "--data", str(clips)])
+
+
+def test_a_config_that_is_there_is_not_overwritten(clips: Path):
+    Path("run.yaml").write_text("mine")
+    with pytest.raises(ConfigError, match=r"run\.yaml is already there"):
+        run(["tiny-wan", "--data", str(clips)])
+    assert Path("run.yaml").read_text() == "mine"
+
+
+def test_data_that_is_not_there_is_answered_before_anything_is_written(clips: Path):
+    with pytest.raises(DataError, match=r"there is no 'my clip' .* Did you mean 'my clips'\?"):
+        run(["tiny-wan", "--data", "my clip"])
+    Path("empty").mkdir()
+    with pytest.raises(DataError, match=r"'empty' holds no clip \(\.mp4"):
+        run(["tiny-wan", "--data", "empty"])
+    assert not Path("run.yaml").exists()

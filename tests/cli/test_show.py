@@ -1,0 +1,97 @@
+"""`weft show` reads headers and small files, and says what lies at a path."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import weft
+from weft.cli.show import facts_of, run
+from weft.errors import ModelError, RunError
+from weft.events import RunEnded, StepEnded
+from weft.formats.adapter_file import SavedAdapter
+from weft.formats.peft import PeftFolder
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """A LoRA of rank 4 and alpha 8 on two layers of three blocks."""
+    tensors = {}
+    for block in range(3):
+        for name in ("to_q", "to_k"):
+            path = f"blocks.{block}.attn1.{name}"
+            tensors[f"{path}.lora_A.weight"] = torch.randn(4, 8)
+            tensors[f"{path}.lora_B.weight"] = torch.randn(8, 4)
+    metadata = {"weft.version": "0.1.0", "weft.config": json.dumps({"seed": 3})}
+    PeftFolder().write(tmp_path / "adapter", SavedAdapter(tensors, rank=4, alpha=8.0, metadata=metadata))
+    return tmp_path / "adapter"
+
+
+def test_an_adapter_says_its_strength_its_layers_and_where_it_comes_from(adapter: Path):
+    facts = facts_of(adapter)
+    assert (facts["rank"], facts["alpha"], facts["scale"]) == (4, 8.0, 2.0)
+    assert facts["parameters"] == 6 * 2 * 4 * 8 and facts["dtype"] == {"fp32": 12}
+    assert facts["targets"] == {"blocks.*.attn1.to_q": 3, "blocks.*.attn1.to_k": 3}
+    assert facts["trained with"] == {"version": "0.1.0"} and facts["config"] == {"seed": 3}
+
+
+def test_a_file_within_the_folder_says_the_same(adapter: Path):
+    assert facts_of(adapter / "adapter_model.safetensors") == facts_of(adapter)
+
+
+def test_json_holds_all_of_it(adapter: Path, capsys: pytest.CaptureFixture[str]):
+    assert run([str(adapter), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == facts_of(adapter)
+    assert run([str(adapter)]) == 0
+    assert "scale            2\n" in capsys.readouterr().out
+
+
+def test_a_base_model_says_its_parts():
+    facts = facts_of(Path(weft.__file__).parent / "demo" / "tiny_wan")
+    assert facts["transformer"].startswith("WanTransformer3DModel, ")
+    assert facts["vae"].startswith("AutoencoderKLWan, ")
+
+
+def checkpoint(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    save_file({"a": torch.zeros(2)}, folder / "state.safetensors")
+    (folder / "state.json").write_text("{}")
+    (folder / "config.json").write_text('{"seed": 1}')
+    files = {path.name: {"bytes": path.stat().st_size} for path in folder.iterdir()}
+    (folder / "manifest.json").write_text(json.dumps({"format": 1, "step": 20, "files": files}))
+    return folder
+
+
+def test_a_checkpoint_says_its_step_and_whether_it_is_whole(tmp_path: Path):
+    folder = checkpoint(tmp_path / "global_step_20")
+    assert facts_of(folder)["step"] == 20 and facts_of(folder)["whole"].startswith("yes")
+    (folder / "state.safetensors").write_bytes(b"cut")
+    assert facts_of(folder)["whole"] == "no: state.safetensors missing or of another size"
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(RunError, match="damaged"):
+        facts_of(folder)
+
+
+def test_a_run_says_how_far_it_came(tmp_path: Path):
+    (tmp_path / "config.yaml").write_text("name: first\nschedule: {steps: 40}\n")
+    for step in (5, 20, 100):
+        checkpoint(tmp_path / "checkpoints" / f"global_step_{step}")
+    events = [StepEnded(step=20, experience="clips", metrics={"train/loss": 0.5})]
+    log = tmp_path / "events.rank0.jsonl"
+    log.write_text("".join(json.dumps(event.record()) + "\n" for event in events) + '{"event": "st')
+    facts = facts_of(tmp_path)
+    assert facts["step"] == "20 of 40" and facts["last metrics"] == {"train/loss": 0.5}
+    assert facts["checkpoints"] == ["global_step_5", "global_step_20", "global_step_100"]
+    assert facts["state"].startswith("no end in the log")
+    log.write_text("".join(json.dumps(e.record()) + "\n" for e in [*events, RunEnded(step=20, outcome="stopped")]))
+    assert facts_of(tmp_path)["state"] == "stopped"
+
+
+def test_what_is_nothing_of_ours_is_said_with_what_is_there(tmp_path: Path):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ModelError, match=r"no adapter, checkpoint, run or model folder. It holds notes.txt"):
+        facts_of(tmp_path)
+    with pytest.raises(ModelError, match=r"there is no '.*note.txt' .*Did you mean 'notes.txt'\?"):
+        facts_of(tmp_path / "note.txt")

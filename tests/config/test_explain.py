@@ -1,0 +1,66 @@
+"""Help and the JSON schema come from the fields themselves."""
+
+from importlib.resources import files
+
+import pytest
+
+from tests.config.small import Small
+from weft.config.explain import explain, keys, schema, schema_text
+from weft.config.peers import PEERS
+from weft.errors import ConfigError
+from weft.run.config import RunConfig
+
+
+def test_help_on_a_key_says_default_type_meaning_and_other_names():
+    said = explain(RunConfig, "adapter.lora.rank")
+    assert said.splitlines()[0] == "adapter.rank = 16  (a whole number of at least 1)"
+    assert "network_dim" in said and "lora_rank" in said
+
+
+def test_help_on_a_section_lists_its_keys_and_kinds():
+    said = explain(Small, "adapter")
+    assert "adapter (kind: lora): A small adapter." in said and "adapter (kind: full): All weights." in said
+    assert "rank = 16  (a whole number of at least 1)\n      inner width." in said
+
+
+def test_a_comment_behind_a_field_is_its_help():
+    assert "null: the rank." in explain(Small, "adapter.lora.alpha")
+
+
+def test_help_without_a_section_lists_all_of_them():
+    said = explain(RunConfig)
+    assert all(f"  {name}" in said for name in RunConfig.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("adaptr", "there is no 'adaptr'. Did you mean 'adapter'?"),
+        ("adapter.rnak", "there is no 'rnak' in 'adapter'. Did you mean 'rank'?"),
+        ("name.first", "'name' is a single value and has no 'first' in it."),
+    ],
+)
+def test_help_on_what_is_not_there_names_the_nearest(path: str, said: str):
+    with pytest.raises(ConfigError) as caught:
+        explain(Small, path)
+    assert said in str(caught.value)
+
+
+def test_every_name_of_other_trainers_leads_to_a_key_that_exists():
+    ours = set(keys(RunConfig))
+    assert [name for name, peer in PEERS.items() if peer.ours not in ours] == []
+
+
+def test_no_name_of_other_trainers_is_a_key_of_ours_in_the_same_place():
+    assert [name for name, peer in PEERS.items() if peer.ours.rpartition(".")[2] == name] == []
+
+
+def test_the_schema_describes_fields_and_allows_extends():
+    found = schema(Small)
+    assert found["$defs"]["Lora"]["properties"]["alpha"]["description"] == "null: the rank"
+    assert "extends" in found["properties"] and found["additionalProperties"] is False
+
+
+def test_the_shipped_schema_is_that_of_the_run_config():
+    # To renew it: weft config schema > src/weft/weft.schema.json
+    assert (files("weft") / "weft.schema.json").read_text(encoding="utf-8") == schema_text(RunConfig)
