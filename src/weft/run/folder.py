@@ -7,6 +7,7 @@
     adapter/               the finished adapter                         samples/ incidents/
 """
 
+import errno
 import json
 import os
 import platform
@@ -70,6 +71,11 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     else:
         temporary.rename(target)
     sync(target.parent)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a write failed for want of space; safetensors tells it in words alone."""
+    return (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in str(error)
 
 
 def remove_leftovers(folder: Path) -> None:

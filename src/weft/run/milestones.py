@@ -1,6 +1,5 @@
 """Between the steps: checkpoints, adapters, validation, samples, and the account of steps that went wrong."""
 
-import errno
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,16 +72,8 @@ class Keeper:
         if self.saved_at == learner.step:
             return
         self.tell(PhaseStarted(phase="saving"))
-        try:
-            self.export(learner, self.run / f"global_step_{learner.step}")
-            folder = save_checkpoint(self.run, learner, self.config.resolved(), self.config.save.keep)
-        except OSError as failed:
-            if failed.errno != errno.ENOSPC:
-                raise
-            raise RunError(
-                f"{self.run}: the disk is full, so step {learner.step} could not be saved. Older checkpoints are "
-                "untouched: free some space and run the same command again to go on from the newest."
-            ) from failed
+        self.export(learner, self.run / f"global_step_{learner.step}")
+        folder = save_checkpoint(self.run, learner, self.config.resolved(), self.config.save.keep)
         self.saved_at = learner.step
         self.tell(Saved(step=learner.step, folder=str(folder)))
 

@@ -16,7 +16,7 @@ from weft.run.assemble import assemble, count_parameters, free_memory, start_fro
 from weft.run.checkpoint import find_checkpoint, read_checkpoint, restore_learner, seed_chance
 from weft.run.config import FREE_ON_RESUME, RunConfig
 from weft.run.evaluate import Evaluator
-from weft.run.folder import claim, environment, remove_leftovers, write_json, write_text
+from weft.run.folder import claim, environment, is_disk_full, remove_leftovers, write_json, write_text
 from weft.run.learner import Learner
 from weft.run.listeners import EventLog
 from weft.run.milestones import Keeper, LazyEncoders
@@ -73,6 +73,11 @@ def train_run(
         tell(RunEnded(step=learner.step, outcome="finished" if finished else "stopped"))
         return result
     except BaseException as failed:
+        if is_disk_full(failed):  # nor could the log take another line
+            raise RunError(
+                f"{run}: the disk is full, at step {learner.step if learner else 0}. Older checkpoints are untouched: "
+                "free some space and run the same command again to go on from the newest."
+            ) from failed
         reason = f"{type(failed).__name__}: {failed}".splitlines()[0]
         tell(RunEnded(step=learner.step if learner else 0, outcome="failed", reason=reason))
         raise
