@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from weft.durable import whole_file
 from weft.errors import ModelError
 from weft.formats.adapter_file import SavedAdapter
-from weft.formats.atomic import whole_file
 from weft.formats.canonical import tensors_at_scale
 from weft.formats.describe import describe
 from weft.formats.diffusers import DiffusersFile

@@ -1,6 +1,7 @@
 """weft sample: videos from an adapter, beside the base on the same noise when asked."""
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,8 @@ def run(argv: Sequence[str]) -> int:
     applied = apply_adapter(
         arguments.adapter, arguments.base, arguments.device, arguments.precision, arguments.strength
     )
+    if not applied.trained_here:
+        print("note: the adapter was trained on other base weights than these.", file=sys.stderr)
     for path in make_samples(applied, arguments):
         print(path)
     return 0

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from weft.data.media import write_atomically
+from weft.durable import write_whole
 from weft.errors import DataError
 
 HEADER_LIMIT = 1 << 20  # bytes; ours have some hundred, so more is damage
@@ -28,12 +28,7 @@ def entry_path(folder: Path, kind: str, *parts: str) -> Path:
 
 def write_entry(path: Path, kind: str, tensor: Tensor, about: str) -> None:
     """Write one tensor. about: what it is of, for people who look into the file."""
-    payload = safetensors.torch.save({kind: tensor}, metadata={"about": about, "sha256": digest(tensor)})
-
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(payload)
-
-    write_atomically(path, write)
+    write_whole(path, safetensors.torch.save({kind: tensor}, metadata={"about": about, "sha256": digest(tensor)}))
 
 
 def read_entry(path: Path, kind: str) -> Tensor | None:
@@ -103,10 +98,5 @@ class ContentHashes:
     def save(self) -> None:
         """Write the memo if it has grown. Of two processes the later wins; the loser's files are read once more."""
         if self._changed:
-            text = json.dumps(self._known)
-
-            def write(temporary: Path) -> None:
-                temporary.write_text(text)
-
-            write_atomically(self._memo, write)
+            write_whole(self._memo, json.dumps(self._known))
             self._changed = False

@@ -1,13 +1,11 @@
 """Files of pictures: probe them, read them at a frame rate and a size, write them. PyAV, Pillow, numpy; no torch."""
 
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
 from pathlib import Path
-from uuid import uuid4
 
 import av
 import numpy as np
@@ -20,6 +18,7 @@ from av.video.stream import VideoStream
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from weft.data.manifest import VIDEO_ENDINGS
+from weft.durable import whole_file
 from weft.errors import DataError
 
 # Pillow's bicubic widens its kernel when it shrinks, so it neither rings like Lanczos nor aliases like torch's default.
@@ -263,18 +262,16 @@ def write_video(path: Path, frames: np.ndarray, fps: float, crf: int = 18) -> No
     crf: constant rate factor, 0 lossless to 51 worst.
     """
 
-    def write(temporary: Path) -> None:
-        with av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-            stream = container.add_stream("libx264", rate=exact_fps(fps), options={"crf": str(crf)})
-            stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
-            context = stream.codec_context
-            context.colorspace = context.color_primaries = context.color_trc = Colorspace.ITU709.value
-            for pixels in frames:
-                frame = VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-                container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)))
-            container.mux(stream.encode())
-
-    write_atomically(path, write)
+    options = {"movflags": "+faststart"}
+    with whole_file(path) as draft, av.open(str(draft), "w", format="mp4", options=options) as container:
+        stream = container.add_stream("libx264", rate=exact_fps(fps), options={"crf": str(crf)})
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        context = stream.codec_context
+        context.colorspace = context.color_primaries = context.color_trc = Colorspace.ITU709.value
+        for pixels in frames:
+            frame = VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)))
+        container.mux(stream.encode())
 
 
 def contact_sheet(rows: Sequence[tuple[str, np.ndarray]], path: Path, columns: int = 8, side: int = 160) -> None:
@@ -286,9 +283,9 @@ def contact_sheet(rows: Sequence[tuple[str, np.ndarray]], path: Path, columns: i
     strips = []
     for label, frames in rows:
         chosen = np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)
-        tiles = [Image.fromarray(frames[i]) for i in chosen]
-        for tile in tiles:
-            tile.thumbnail((side, side), RESAMPLING)
+        scale = side / max(frames.shape[1:3])
+        size = round(frames.shape[2] * scale), round(frames.shape[1] * scale)
+        tiles = [Image.fromarray(frames[i]).resize(size, RESAMPLING) for i in chosen]
         strips.append((label, tiles))
     width = columns * (side + margin) + margin
     sheet = Image.new("RGB", (width, sum(caption + t[0].height + margin for _, t in strips) + margin), "white")
@@ -298,17 +295,5 @@ def contact_sheet(rows: Sequence[tuple[str, np.ndarray]], path: Path, columns: i
         for column, tile in enumerate(tiles):
             sheet.paste(tile, (margin + column * (side + margin), top + caption))
         top += caption + tiles[0].height + margin
-    write_atomically(path, lambda temporary: sheet.save(temporary, format="PNG"))
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let a file appear whole or not at all: write beside it, flush to disk, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as draft:
+        sheet.save(draft, format="PNG")

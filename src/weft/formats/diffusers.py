@@ -11,7 +11,6 @@ from torch import Tensor
 
 from weft.errors import ModelError
 from weft.formats.adapter_file import A, SavedAdapter, lora_config, paths_in
-from weft.formats.atomic import write_tensors
 from weft.formats.canonical import saved_adapter
 from weft.formats.header import read_header
 from weft.formats.sniff import (
@@ -22,6 +21,7 @@ from weft.formats.sniff import (
     provenance,
     sniff,
 )
+from weft.formats.tensor_file import write_tensors
 
 
 class DiffusersFile:

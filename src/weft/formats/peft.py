@@ -7,12 +7,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from weft.durable import write_whole
 from weft.errors import ModelError
 from weft.formats.adapter_file import SavedAdapter, lora_config
-from weft.formats.atomic import write_tensors, write_text
 from weft.formats.canonical import saved_adapter
 from weft.formats.header import read_header
 from weft.formats.sniff import PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS, provenance, read_config, sniff
+from weft.formats.tensor_file import write_tensors
 
 
 class PeftFolder:
@@ -26,7 +27,7 @@ class PeftFolder:
         # PEFT warns of fields that it does not know, so nothing of ours is added.
         base = {"base_model_name_or_path": adapter.metadata.get("base_model")}
         config = {**lora_config(adapter), **base, "inference_mode": True}
-        write_text(folder / PEFT_CONFIG, json.dumps(config, indent=2) + "\n")
+        write_whole(folder / PEFT_CONFIG, json.dumps(config, indent=2) + "\n")
         return folder
 
     def read(self, path: Path) -> SavedAdapter:

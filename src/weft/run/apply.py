@@ -21,12 +21,16 @@ ROLE = "default"
 
 @dataclass(frozen=True)
 class Applied:
-    """A base with an adapter on it. config: of the run that made the adapter, empty when the file does not say."""
+    """A base with an adapter on it. config: of the run that made the adapter, empty when the file does not say.
+
+    trained_here: False when the adapter's header names other base weights than these.
+    """
 
     model: Model
     engine: Engine
     encoders: Encoders
     config: Mapping[str, Any]
+    trained_here: bool
 
 
 def training_config(adapter: SavedAdapter) -> Mapping[str, Any]:
@@ -62,7 +66,10 @@ def apply_adapter(path: Path, source: str | None, device: str, precision: str, s
     modules = {name for name, _ in network.named_modules()}
     strange = [path for path in paths if path not in modules]
     if strange:
-        raise ModelError(f"{path}: it adapts '{strange[0]}' and {len(strange) - 1} more that this base does not have.")
+        raise ModelError(
+            f"{path}: this base has no '{strange[0]}', which the adapter changes, nor {len(strange) - 1} others. "
+            "It was trained on another model: name that one with --base."
+        )
     section = Lora(
         backend="native", rank=adapter.rank, alpha=adapter.alpha, rslora=adapter.rslora, dora=adapter.dora,
         targets=tuple(paths),
@@ -71,4 +78,11 @@ def apply_adapter(path: Path, source: str | None, device: str, precision: str, s
     tensors = {n: t * strength if n.endswith(".lora_B.weight") else t for n, t in adapter.tensors.items()}
     adapters.load_state_dict(ROLE, tensors)
     network = engine.place(network, family.blocks(network)).eval()
-    return Applied(Model(network, family, adapters), engine, family.encoders(torch.device(engine.device)), config)
+    base = family.identity()["network"]
+    return Applied(
+        Model(network, family, adapters),
+        engine,
+        family.encoders(torch.device(engine.device)),
+        config,
+        trained_here=adapter.metadata.get("weft.base", base) == base,
+    )

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
+from weft.durable import write_folder
 from weft.errors import RunError, did_you_mean
-from weft.run.folder import write_folder
 from weft.run.learner import Learner
 
 FORMAT = 1

@@ -11,66 +11,18 @@ import errno
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from weft.durable import remove_drafts, write_whole
 from weft.errors import RunError
 
 PACKAGES = ("weft", "torch", "diffusers", "transformers", "peft", "safetensors", "av", "numpy", "pydantic")
-
-
-def sync(path: Path) -> None:
-    """Put a file or a folder's entries on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError:
-        if path.is_file():  # folders cannot be synced on every file system; files can
-            raise
-    finally:
-        os.close(handle)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    sync(temporary)
-    temporary.replace(path)
-
-
-def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a folder beside the target, put it on the disk, and give it the target's name: whole, or not there.
-
-    An older folder of that name is replaced. A killed process leaves at most a `.tmp-` folder, which the next run
-    removes.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        fill(temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    for path in temporary.rglob("*"):
-        sync(path)
-    sync(temporary)
-    if target.exists():
-        old = target.with_name(f".tmp-old-{target.name}-{os.getpid()}")
-        target.rename(old)
-        temporary.rename(target)
-        shutil.rmtree(old)
-    else:
-        temporary.rename(target)
-    sync(target.parent)
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -79,10 +31,9 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what killed processes left half-written."""
+    """Delete what killed processes left half-written in a run."""
     for parent in (folder, folder / "checkpoints"):
-        for path in parent.glob(".tmp-*"):
-            shutil.rmtree(path, ignore_errors=True)
+        remove_drafts(parent)
 
 
 def claim(folder: Path, rank: int = 0) -> Path:
@@ -99,7 +50,7 @@ def claim(folder: Path, rank: int = 0) -> Path:
                 f"{folder}: process {pid} trains in this run folder. Wait for it, stop it, or choose another 'name'."
             )
     facts = {"pid": os.getpid(), "born": born(os.getpid()), "host": platform.node(), "started": time.time()}
-    write_text(path, json.dumps(facts))
+    write_whole(path, json.dumps(facts))
     return path
 
 
@@ -153,4 +104,4 @@ def git_commit() -> str | None:
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Replace a JSON file atomically."""
-    write_text(path, json.dumps(data, indent=1, default=str) + "\n")
+    write_whole(path, json.dumps(data, indent=1, default=str) + "\n")

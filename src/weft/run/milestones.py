@@ -11,13 +11,14 @@ from torch import Tensor
 from weft import plugins
 from weft.contracts import Encoders, Phase
 from weft.data.media import contact_sheet, write_video
+from weft.durable import write_folder
 from weft.errors import RunError
 from weft.events import Evaluated, Exported, Incident, Listener, PhaseStarted, Sampled, Saved
 from weft.formats.adapter_file import SavedAdapter
 from weft.run.checkpoint import save_checkpoint
 from weft.run.config import RunConfig
 from weft.run.evaluate import Evaluator, averaged, resting
-from weft.run.folder import write_folder, write_json
+from weft.run.folder import write_json
 from weft.run.learner import Learner
 from weft.run.sampling import Shot, decoded, encode_prompts, generate
 from weft.run.train import Outcome

@@ -10,13 +10,14 @@ import yaml
 from weft.config.show import Change, diff
 from weft.data.cache import CacheStatus
 from weft.data.survey import Survey
+from weft.durable import write_whole
 from weft.errors import RunError
 from weft.events import Listener, Notice, PhaseStarted, RunEnded, RunStarted, tell_all
 from weft.run.assemble import assemble, count_parameters, free_memory, start_from, target_report
 from weft.run.checkpoint import find_checkpoint, read_checkpoint, restore_learner, seed_chance
 from weft.run.config import FREE_ON_RESUME, RunConfig
 from weft.run.evaluate import Evaluator
-from weft.run.folder import claim, environment, is_disk_full, remove_leftovers, write_json, write_text
+from weft.run.folder import claim, environment, is_disk_full, remove_leftovers, write_json
 from weft.run.learner import Learner
 from weft.run.listeners import EventLog
 from weft.run.milestones import Keeper, LazyEncoders
@@ -164,9 +165,9 @@ def started(config: RunConfig, learner: Learner, checkpoint: Path | None) -> Run
 def write_inputs(config: RunConfig, input_text: str) -> None:
     """The resolved config, the user's own text, and the environment, in the run's folder."""
     run = config.folder
-    write_text(run / "config.yaml", yaml.safe_dump(config.resolved(), sort_keys=False, allow_unicode=True))
+    write_whole(run / "config.yaml", yaml.safe_dump(config.resolved(), sort_keys=False, allow_unicode=True))
     if input_text:
-        write_text(run / "config.input.yaml", input_text)
+        write_whole(run / "config.input.yaml", input_text)
     write_json(run / "environment.json", environment(config.engine.device))
 
 

@@ -102,8 +102,7 @@ def run_phase(phase: Phase, learner: Learner, feed: Iterator[Batch], course: Cou
     watch.lap("optimizer")
     means = {f"{phase.name}/{name}": float(engine.total(value) / items) for name, value in sums.items()}
     norms = {f"{name}/grad_norm": step.norm for name, step in steps.items()}
-    rates = {f"{name}/lr": learner.optimizers[name].param_groups[0]["lr"] for name in phase.optimizers}
-    return Outcome(means | norms | rates, steps, batches)
+    return Outcome(means | norms | learning_rates(learner, phase), steps, batches)
 
 
 def settle(phase: Phase, learner: Learner, outcome: Outcome, course: Course) -> dict[str, float]:
@@ -125,3 +124,12 @@ def set_learning_rates(learner: Learner, phase: Phase, schedule: Schedule) -> No
     for name in phase.optimizers:
         for group in learner.optimizers[name].param_groups:
             group["lr"] = group["base_lr"] * factor
+
+
+def learning_rates(learner: Learner, phase: Phase) -> dict[str, float]:
+    """`NAME/lr` of each optimizer's first group, and `NAME/lr_2` of a second: with LoRA+ A's and B's."""
+    return {
+        f"{name}/lr{'' if i == 1 else f'_{i}'}": group["lr"]
+        for name in phase.optimizers
+        for i, group in enumerate(learner.optimizers[name].param_groups, start=1)
+    }

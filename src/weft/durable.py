@@ -1,0 +1,74 @@
+"""Files and folders that are whole or absent, whenever a process is killed: written beside their place, forced to the
+disk, then renamed."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+HALF_WRITTEN = ".tmp-"  # every draft's name begins so
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; what was written there takes path's place when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{HALF_WRITTEN}{uuid4().hex[:8]}-{path.name}")
+    try:
+        yield draft
+        force_to_disk(draft)
+        draft.replace(path)
+        force_to_disk(path.parent)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replace a file's content at one stroke."""
+    with whole_file(path) as draft:
+        draft.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
+    """Fill a folder beside the target and give it the target's name; an older folder of that name is replaced."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f"{HALF_WRITTEN}{uuid4().hex[:8]}-{target.name}")
+    draft.mkdir()
+    try:
+        fill(draft)
+        for path in draft.rglob("*"):
+            force_to_disk(path)
+        force_to_disk(draft)
+        if target.exists():
+            old = target.with_name(f"{HALF_WRITTEN}{uuid4().hex[:8]}-old-{target.name}")
+            target.rename(old)
+            draft.rename(target)
+            shutil.rmtree(old)
+        else:
+            draft.rename(target)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    force_to_disk(target.parent)
+
+
+def remove_drafts(folder: Path) -> None:
+    """Delete what killed processes left half-written in a folder."""
+    for path in folder.glob(f"{HALF_WRITTEN}*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def force_to_disk(path: Path) -> None:
+    """Put a file, or a folder's entries, on the disk. Windows opens no folders, and needs no such call for them."""
+    if os.name != "posix" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
