@@ -9,6 +9,7 @@ from pathlib import Path
 from uuid import uuid4
 
 HALF_WRITTEN = ".tmp-"  # every draft's name begins so
+REPLACED = "-old-"  # before the name of a folder that is being replaced
 
 
 @contextmanager
@@ -42,7 +43,7 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
             force_to_disk(path)
         force_to_disk(draft)
         if target.exists():
-            old = target.with_name(f"{HALF_WRITTEN}{uuid4().hex[:8]}-old-{target.name}")
+            old = target.with_name(f"{HALF_WRITTEN}{uuid4().hex[:8]}{REPLACED}{target.name}")
             target.rename(old)
             draft.rename(target)
             shutil.rmtree(old)
@@ -55,9 +56,13 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
 
 
 def remove_drafts(folder: Path) -> None:
-    """Delete what killed processes left half-written in a folder."""
+    """Delete what killed processes left half-written in a folder; a folder that was about to be replaced, and was
+    not, gets its name back."""
     for path in folder.glob(f"{HALF_WRITTEN}*"):
-        if path.is_dir():
+        _, replaced, name = path.name.partition(REPLACED)
+        if replaced and not (folder / name).exists():
+            path.rename(folder / name)
+        elif path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink()
@@ -70,5 +75,8 @@ def force_to_disk(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
         os.fsync(handle)
+    except OSError:
+        if not path.is_dir():  # some file systems cannot sync folders; there the rename alone must do
+            raise
     finally:
         os.close(handle)

@@ -26,7 +26,7 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
     """Until the log tells a step, or the process ended, or two minutes are over."""
     log = run / "events.rank0.jsonl"
     for _ in range(1200):
-        if log.is_file() and len(read_steps(log)) >= step or process.poll() is not None:
+        if (log.is_file() and len(read_steps(log)) >= step) or process.poll() is not None:
             return
         time.sleep(0.1)
 

@@ -164,9 +164,38 @@ def test_a_wrong_path_lists_what_is_there(started, plain):
 
 def test_a_changed_config_is_refused_with_its_differences(started, plain):
     with pytest.raises(RunError, match=r"optimizer\.lr: 0\.001 -> 0\.002") as refused:
-        train_run(config_of(plain, optimizer={"lr": 2e-3}, adapter={"rank": 8}), silent)
-    assert "adapter.rank: 4 -> 8" in str(refused.value)
-    assert "resume_allow=[adapter.rank,optimizer.lr]" in str(refused.value)
+        train_run(config_of(plain, optimizer={"lr": 2e-3}, data={"batch_size": 1}), silent)
+    assert "data.batch_size: 2 -> 1" in str(refused.value)
+    assert "resume_allow=[data.batch_size,optimizer.lr]" in str(refused.value)
+
+
+def test_a_change_that_no_state_fits_is_not_offered(started, plain):
+    with pytest.raises(RunError, match=r"adapter\.rank: 4 -> 8") as refused:
+        train_run(config_of(plain, adapter={"rank": 8}), silent)
+    assert "resume_allow" not in str(refused.value)
+
+
+def test_other_clips_or_another_model_are_a_change_too(started, plain, tmp_path):
+    from tests.small import make_clips, make_wan
+
+    make_clips(tmp_path / "clips")
+    for number in (0, 1):  # one of the two may be held out
+        (tmp_path / "clips" / f"{number}.txt").write_text("another caption")
+    with pytest.raises(RunError, match=r"inputs\.clips"):
+        others = {"sources": [{"path": str(tmp_path / "clips")}]}
+        train_run(config_of(plain, data=others, resume_allow=["data"]), silent)
+    make_wan(tmp_path / "model", layers=1)
+    with pytest.raises(RunError, match=r"inputs\.network"):
+        train_run(config_of(plain, family={"source": str(tmp_path / "model")}, resume_allow=["family"]), silent)
+
+
+def test_going_on_from_an_older_checkpoint_sets_the_later_ones_aside(plain):
+    train_run(config_of(plain, save={"every": 1, "keep": 6}), silent)
+    again = config_of(plain, save={"every": 1, "keep": 2}, resume="global_step_2")
+    train_run(again, silent, stop_after(1))
+    folder = again.folder / "checkpoints"
+    assert [p.name for p in list_checkpoints(again.folder)] == ["global_step_2", "global_step_3"]
+    assert {p.name for p in folder.glob("set_aside_*")} == {f"set_aside_global_step_{n}" for n in (3, 4, 5, 6)}
 
 
 def test_a_change_may_be_allowed_by_name(plain):

@@ -53,8 +53,9 @@ def print_plan(config: "RunConfig", plan: "Plan", console: "Console", everything
         f"LoRA scale {config.adapter.scale:g} (rank {config.adapter.rank}), backend {config.adapter.backend}, "
         f"precision {plan.precision}\n"
         f"{schedule.steps} steps of {per_step} clips = {plan.epochs(schedule.steps):.1f} epochs of "
-        f"{plan.steps_per_epoch} steps; {held_out} clips held out for validation\n"
-        f"run folder: {config.folder}",
+        f"{plan.steps_per_epoch} steps; "
+        f"{held_out or 'no'} clips held out for validation\n"
+        f"disk: {gib(plan.disk)} of checkpoints and adapters in {config.folder}; {plan.cache.line()}",
         markup=False,
     )
 

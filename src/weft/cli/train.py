@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -29,14 +30,14 @@ def run(argv: Sequence[str]) -> int:
     request = StopRequest()
     request.listen()
     try:
-        result = train_run(config, terminal, request, arguments.config.read_text())
+        result = train_run(config, terminal, request, arguments.config.read_text(encoding="utf-8"))
     finally:
         terminal.close()
     if result.finished:
         print(f"adapter: {result.adapter}")
         return 0
     print(f"saved at step {result.step}. To go on, run the same command again:", file=sys.stderr)
-    print("  weft train " + " ".join([str(arguments.config), *arguments.overrides]), file=sys.stderr)
+    print("  weft train " + shlex.join([str(arguments.config), *arguments.overrides]), file=sys.stderr)
     return 128 + request.signal
 
 

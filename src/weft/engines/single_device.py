@@ -45,12 +45,15 @@ class SingleEngine:
             raise ConfigError("engine.device: 'mps' was asked for, but this is no Mac with Metal. Use auto or cpu.")
         return cls(chosen, best_precision(chosen) if precision == "auto" else precision, recompute, verify)
 
-    def place(self, network: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
-        """Move a network to the device; wrap its blocks for recomputation where that was asked for."""
+    def carry(self, module: nn.Module) -> nn.Module:
         if self.verify:
-            for tensor in [*network.parameters(), *network.buffers()]:
+            for tensor in [*module.parameters(), *module.buffers()]:
                 tensor.data = verified_copy(tensor.data, self.device)
-        network.to(self.device)
+        return module.to(self.device)
+
+    def place(self, network: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
+        """Carry a network to the device; wrap its blocks for recomputation where that was asked for."""
+        network = self.carry(network)
         if self.recompute:
             for block in blocks:
                 # Not reentrant: a frozen base gives inputs without gradients, and reentrant recomputation would then

@@ -117,22 +117,22 @@ class Wan(Section):
             )
         return self.dtype
 
-    def load(self, device: "torch.device", precision: str) -> "nn.Module":
-        """The frozen transformer on the device, its conditioning embedder in fp32. Raises WeftError."""
+    def load(self, precision: str) -> "nn.Module":
+        """The frozen transformer on the cpu, its conditioning embedder in fp32. Raises WeftError."""
         from weft.families.wan_network import load_transformer
 
         folder = model_folder(self.source)
         weight_files(folder, self.subfolder)
         assert self.network_config
-        return load_transformer(folder / self.subfolder, self.weight_dtype(precision), device)
+        return load_transformer(folder / self.subfolder, self.weight_dtype(precision))
 
-    def encoders(self, device: "torch.device") -> "Encoders":
+    def encoders(self, device: "torch.device", carry: "Callable[[nn.Module], nn.Module]") -> "Encoders":
         from weft.families.wan_network import WanEncoders
 
         folder = model_folder(self.source)
         for part in ("vae", "text_encoder"):
             weight_files(folder, part)
-        return WanEncoders.load(folder, device, self.tokens_of_text)
+        return WanEncoders.load(folder, self.tokens_of_text, device, carry)
 
     def scheduler(self) -> Any:
         """The sampler's scheduler as the source's own config asks for."""

@@ -21,12 +21,11 @@ from weft.families.loading import read_config, stored_dtype
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def load_transformer(folder: Path, dtype: str, device: torch.device) -> WanTransformer3DModel:
-    """The frozen transformer. Its conditioning embedder stays in fp32, outside of any mixed precision."""
+def load_transformer(folder: Path, dtype: str) -> WanTransformer3DModel:
+    """The frozen transformer on the cpu. Its conditioning embedder stays in fp32, outside of any mixed precision."""
     network = WanTransformer3DModel.from_pretrained(folder, torch_dtype=DTYPES[dtype], local_files_only=True)
     network.requires_grad_(False).eval()
     keep_fp32(network.condition_embedder)
-    network.to(device)  # pyright: ignore[reportArgumentType]
     return network
 
 
@@ -77,15 +76,17 @@ class WanEncoders:
     device: torch.device
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device, text_length: int) -> "WanEncoders":
-        """The VAE in fp32, for its small errors are learned; the text encoder in its file's dtype."""
+    def load(
+        cls, folder: Path, text_length: int, device: torch.device, carry: Callable[[nn.Module], nn.Module]
+    ) -> "WanEncoders":
+        """On the device: the VAE in fp32, for its small errors are learned; the text encoder as in its file."""
         read_config(folder, "text_encoder", "UMT5EncoderModel")
         vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
         dtype = DTYPES[stored_dtype(folder, "text_encoder")]
         text_model = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        vae.requires_grad_(False).eval().to(device)  # pyright: ignore[reportArgumentType]
-        text_model.requires_grad_(False).eval().to(device)  # type: ignore[arg-type]
+        carry(vae.requires_grad_(False).eval())
+        carry(text_model.requires_grad_(False).eval())
         return cls(vae, text_model, tokenizer, text_length, device)
 
     @torch.no_grad()

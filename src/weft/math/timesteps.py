@@ -46,7 +46,8 @@ def draw_times(density: Density, u: Tensor, low: float = 0.0, high: float = 1.0)
 
 def stratified(uniform: Tensor, first: int, strata: int, seed: int) -> Tensor:
     """Uniform draws (B,), number first to first+B-1 of a run, made even: each run of `strata` draws hits each of the
-    `strata` equal parts of [0, 1] once, in an order shuffled anew for each round. One draw alone is still uniform.
+    `strata` equal parts of [0, 1] once, in an order shuffled anew for each round. One draw alone is still uniform,
+    whatever the numbers; evenness needs numbers without gaps or repeats, as batches of one size give.
     """
     numbers = torch.arange(first, first + len(uniform))
     cells = torch.empty(len(uniform), dtype=torch.float64)

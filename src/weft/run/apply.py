@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from weft import plugins
 from weft.adapters.lora import Lora
 from weft.contracts import Encoders, Engine, Model
@@ -61,7 +59,7 @@ def apply_adapter(path: Path, source: str | None, device: str, precision: str, s
         raise ConfigError(f"--strength: {path} is a DoRA, whose change is no multiple of its weights. Leave it at 1.")
     family = base_family(config, source)
     engine = plugins.find("engine", "single")(device=device, precision=precision).open()
-    network = family.load(engine.device, engine.precision)
+    network = family.load(engine.precision)
     paths = adapter.targets or paths_in(adapter.tensors)
     modules = {name for name, _ in network.named_modules()}
     strange = [path for path in paths if path not in modules]
@@ -82,7 +80,7 @@ def apply_adapter(path: Path, source: str | None, device: str, precision: str, s
     return Applied(
         Model(network, family, adapters),
         engine,
-        family.encoders(torch.device(engine.device)),
+        family.encoders(engine.device, engine.carry),
         config,
         trained_here=adapter.metadata.get("weft.base", base) == base,
     )

@@ -39,7 +39,7 @@ def assemble(config: RunConfig, engine: Engine) -> Learner:
     """The learner at step 0, its adapter untrained."""
     check_engine(config, engine)
     objective, family = config.objective, config.family
-    network = family.load(engine.device, engine.precision)
+    network = family.load(engine.precision)
     paths = target_report(config, network).paths
     adapters = config.adapter.attach(network, paths, objective.roles, config.seed)
     network = engine.place(network, family.blocks(network))

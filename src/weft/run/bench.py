@@ -4,9 +4,11 @@
 import platform
 import resource
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter
 from typing import Any
@@ -22,6 +24,7 @@ from weft.run.assemble import assemble, count_parameters
 from weft.run.config import RunConfig
 from weft.run.estimate import estimate
 from weft.run.learner import Learner
+from weft.run.listeners import EventLog
 from weft.run.rehearsal import rehearsed
 from weft.run.train import Course, Outcome, train
 
@@ -62,6 +65,22 @@ class Nothing:
         raise ArithmeticError(f"the gradient of step {learner.step + 1} is not finite")
 
 
+@dataclass
+class Ear:
+    """Writes the log that a run writes, and keeps each step with the seconds that writing it took."""
+
+    log: EventLog
+    steps: list[StepEnded] = field(default_factory=list)
+
+    def __call__(self, event: Event) -> None:
+        began = perf_counter()
+        self.log(event)
+        if isinstance(event, StepEnded):
+            logging = perf_counter() - began
+            total = event.seconds["total"] + logging
+            self.steps.append(replace(event, seconds={**event.seconds, "logging": logging, "total": total}))
+
+
 def bench(config: RunConfig, bucket: Bucket, steps: int) -> dict[str, Any]:
     """Time steps of one bucket after a warm-up. Returns the figures of docs/benchmarks.md, as plain data."""
     engine = config.engine.open()
@@ -73,24 +92,20 @@ def bench(config: RunConfig, bucket: Bucket, steps: int) -> dict[str, Any]:
         geometry.latent_shape(bucket.frames, bucket.height, bucket.width), config.family.conditions, items,
         WARM_UP + steps,
     )  # fmt: skip
-    heard: list[StepEnded] = []
-
-    def tell(event: Event) -> None:
-        if isinstance(event, StepEnded):
-            heard.append(event)
-
-    train(learner, [stream], Course(config.schedule, Nothing(), tell, wait=waiter(engine)))
-    counted = heard[WARM_UP:]
+    with tempfile.TemporaryDirectory() as folder:
+        heard = Ear(EventLog(Path(folder) / "events.rank0.jsonl"))
+        train(learner, [stream], Course(config.schedule, Nothing(), heard, wait=waiter(engine)))
+    counted = heard.steps[WARM_UP:]
     seconds = [event.seconds["total"] for event in counted]
     flops = model_flops(config, bucket) * config.schedule.accumulate
     predicted = estimate(config, [bucket], count_parameters(learner).trainable)[bucket]
-    losses = [event.metrics["train/loss"] for event in heard]
+    losses = [event.metrics["train/loss"] for event in heard.steps]
     tokens = bucket.tokens * items * config.schedule.accumulate
     return {
         "schema": SCHEMA,
         "hardware": hardware(engine),
         "software": {name: version(name) for name in ("weft", "torch", "diffusers", "peft")},
-        "case": case(config, bucket),
+        "case": {**case(config, bucket), "precision": engine.precision},
         "ceiling_matmul_flops": ceiling,
         "model_flops": flops,
         "step_seconds": {"median": median(seconds), **spread(seconds), "steps": len(seconds)},
@@ -104,7 +119,8 @@ def bench(config: RunConfig, bucket: Bucket, steps: int) -> dict[str, Any]:
 
 def waiter(engine: Engine) -> Callable[[], None] | None:
     """On a GPU the host must wait before it reads the clock; a cpu never runs ahead."""
-    return None if engine.device.type == "cpu" else torch.cuda.synchronize
+    waits = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}
+    return waits.get(engine.device.type)
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:
@@ -116,11 +132,11 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def shares(events: Sequence[StepEnded]) -> dict[str, float]:
-    """Share of the steps' time in data, forward, backward, optimizer, and the rest, which is the loop's own."""
+    """Share of the steps' time in data, forward, backward, optimizer, logging, and the rest, the loop's own."""
     total = sum(event.seconds["total"] for event in events)
     parts = {
         part: sum(event.seconds.get(part, 0.0) for event in events) / total
-        for part in ("data", "forward", "backward", "optimizer")
+        for part in ("data", "forward", "backward", "optimizer", "logging")
     }
     return {**parts, "loop": 1 - sum(parts.values())}
 
@@ -139,7 +155,6 @@ def case(config: RunConfig, bucket: Bucket) -> dict[str, Any]:
         "backend": config.adapter.backend,
         "rank": config.adapter.rank,
         "targets": config.adapter.targets,
-        "precision": config.engine.precision,
         "recompute": config.engine.recompute,
     }
 

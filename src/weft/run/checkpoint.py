@@ -182,7 +182,27 @@ def save_checkpoint(run: Path, learner: Learner, config: Mapping[str, Any], keep
 def list_checkpoints(run: Path) -> list[Path]:
     """Checkpoint folders of a run by step, oldest first, whole or not."""
     found = [p for p in (run / "checkpoints").glob("global_step_*") if NAME.fullmatch(p.name)]
-    return sorted(found, key=lambda p: int(p.name.rpartition("_")[2]))
+    return sorted(found, key=step_of)
+
+
+def set_aside_after(run: Path, checkpoint: Path | None) -> list[Path]:
+    """Rename the checkpoints beyond the one that a run goes on from, so that its own later ones take their place.
+
+    They belong to a branch that is left, or are damaged; none is deleted.
+    """
+    start = step_of(checkpoint) if checkpoint else -1
+    moved = []
+    for folder in list_checkpoints(run):
+        if step_of(folder) > start:
+            target = folder.with_name(f"set_aside_{folder.name}")
+            shutil.rmtree(target, ignore_errors=True)
+            moved.append(folder.rename(target))
+    return moved
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(folder.name.rpartition("_")[2])
 
 
 def sha256_of(path: Path) -> str:

@@ -125,6 +125,11 @@ FREE_ON_RESUME = ("name", "output", "resume", "resume_allow", "save", "samples",
                   "data.cache_folder", "data.unreadable")  # fmt: skip
 
 
+# Keys that a saved state cannot be fitted to when they change.
+FIXED_ON_RESUME = ("family", "adapter.kind", "adapter.rank", "adapter.targets", "adapter.exclude", "adapter.dora",
+                   "objective.kind", "optimizer.kind", "optimizer.path", "ema", "inputs.network")  # fmt: skip
+
+
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run's YAML with dotted overrides. Raises ConfigError with every problem at once."""
     return parse_config(read_source(Path(path), overrides))

@@ -62,8 +62,12 @@ def precision_of(config: RunConfig) -> str:
     """The engine's precision, decided as the engine will decide it."""
     if config.engine.precision != "auto":
         return config.engine.precision
-    device = best_device() if config.engine.device == "auto" else config.engine.device
-    return best_precision(torch.device(device))
+    return best_precision(device_of(config))
+
+
+def device_of(config: RunConfig) -> torch.device:
+    """The device that the engine will take."""
+    return torch.device(best_device() if config.engine.device == "auto" else config.engine.device)
 
 
 def estimate(config: RunConfig, buckets: list[Bucket], trainable: int) -> dict[Bucket, Estimate]:
@@ -71,7 +75,7 @@ def estimate(config: RunConfig, buckets: list[Bucket], trainable: int) -> dict[B
     dtype = FULL[config.family.weight_dtype(precision_of(config))]
     weights = sum(p.numel() for p in config.family.skeleton().parameters()) * dtype.itemsize
     state = 8 + STATE_BYTES[config.optimizer.kind] + (4 if config.ema else 0)
-    fixed = int(FIXED) if best_device() == "cuda" else 0
+    fixed = int(FIXED) if device_of(config).type == "cuda" else 0
     return {
         bucket: Estimate(weights, trainable * state, activations(config, bucket), fixed) for bucket in buckets
     }

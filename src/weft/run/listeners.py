@@ -1,6 +1,7 @@
 """What hears the events of a run: the log in its folder, and the lines or the bar on the terminal."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -28,11 +29,23 @@ class EventLog:
 
     def __call__(self, event: Event) -> None:
         if not isinstance(event, events.Progress):
-            self._file.write(json.dumps({"time": round(time.time(), 3), **event.record()}) + "\n")
+            record = finite({"time": round(time.time(), 3), **event.record()})
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
             self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+def finite(tree: Any) -> Any:
+    """The same with null for numbers that are not finite, which JSON has no words for."""
+    if isinstance(tree, float):
+        return tree if math.isfinite(tree) else None
+    if isinstance(tree, Mapping):
+        return {key: finite(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [finite(value) for value in tree]
+    return tree
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
@@ -129,7 +142,7 @@ class Terminal:
             self._bar.start()
             if phase not in self._tasks:
                 self._tasks[phase] = self._bar.add_task(phase, total=total, note="")
-            self._bar.update(self._tasks[phase], completed=done, total=total, note=note)
+            self._bar.update(self._tasks[phase], description=phase, completed=done, total=total, note=note)
             if done >= total:
                 self._bar.remove_task(self._tasks.pop(phase))
         elif done >= total or time.monotonic() - self._said >= PLAIN_SECONDS:
@@ -139,6 +152,8 @@ class Terminal:
     def _phase(self, event: events.PhaseStarted) -> None:
         if event.total is None and not self._live:
             self._say(f"{event.phase} …")
+        elif "training" in self._tasks:
+            self._bar.update(self._tasks["training"], description=event.phase)
 
     def _progress(self, event: events.Progress) -> None:
         self._show(event.phase, event.done, event.total, event.note)

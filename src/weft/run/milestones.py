@@ -29,6 +29,7 @@ class Keeper:
     """Saves, validates and samples a run when its config says so. Nothing here changes what is learned."""
 
     config: RunConfig
+    inputs: Mapping[str, str]  # fingerprints of clips and model, kept in the checkpoints
     provenance: Mapping[str, str]
     tell: Listener
     encoders: "LazyEncoders"
@@ -74,9 +75,13 @@ class Keeper:
             return
         self.tell(PhaseStarted(phase="saving"))
         self.export(learner, self.run / f"global_step_{learner.step}")
-        folder = save_checkpoint(self.run, learner, self.config.resolved(), self.config.save.keep)
+        folder = save_checkpoint(self.run, learner, self.recorded(), self.config.save.keep)
         self.saved_at = learner.step
         self.tell(Saved(step=learner.step, folder=str(folder)))
+
+    def recorded(self) -> dict[str, Any]:
+        """What a checkpoint says that it was made from."""
+        return {**self.config.resolved(), "inputs": dict(self.inputs)}
 
     def export(self, learner: Learner, folder: Path) -> None:
         """The first role's adapter (its moving average, where the run keeps one) in the config's formats."""

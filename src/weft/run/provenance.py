@@ -24,7 +24,7 @@ def manifest_hash(survey: Survey) -> str:
 def provenance(
     config: RunConfig, survey: Survey, identity: Mapping[str, str], device: "torch.device"
 ) -> dict[str, str]:
-    """Safetensors metadata: all values are text. Captions and paths of clips are not in it."""
+    """Safetensors metadata: all values are text. Captions are not in it; the config's own paths and prompts are."""
     facts = environment(str(device))
     return {
         "weft.version": facts["versions"]["weft"] or "",
@@ -33,6 +33,7 @@ def provenance(
         "weft.data.items": str(len(survey.train)),
         "weft.base": identity["network"],
         "weft.family": config.family.kind,
+        "base_model": config.family.source,
         "weft.seed": str(config.seed),
         "weft.versions": json.dumps(facts["versions"]),
         "weft.git": facts["git"] or "",

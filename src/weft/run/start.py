@@ -5,23 +5,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from torch import nn
 
+from weft.adapters.targets import TargetReport
 from weft.config.show import Change, diff
 from weft.data.cache import CacheStatus
 from weft.data.survey import Survey
 from weft.durable import write_whole
-from weft.errors import RunError
+from weft.errors import ConfigError, RunError
 from weft.events import Listener, Notice, PhaseStarted, RunEnded, RunStarted, tell_all
-from weft.run.assemble import assemble, count_parameters, free_memory, start_from, target_report
-from weft.run.checkpoint import find_checkpoint, read_checkpoint, restore_learner, seed_chance
-from weft.run.config import FREE_ON_RESUME, RunConfig
+from weft.formats.adapter_file import paths_in
+from weft.formats.reading import read_adapter
+from weft.run.assemble import (
+    assemble,
+    check_engine,
+    count_parameters,
+    find_adapter,
+    free_memory,
+    start_from,
+    target_report,
+)
+from weft.run.checkpoint import find_checkpoint, read_checkpoint, restore_learner, seed_chance, set_aside_after
+from weft.run.config import FIXED_ON_RESUME, FREE_ON_RESUME, RunConfig
 from weft.run.evaluate import Evaluator
 from weft.run.folder import claim, environment, is_disk_full, remove_leftovers, write_json
 from weft.run.learner import Learner
 from weft.run.listeners import EventLog
 from weft.run.milestones import Keeper, LazyEncoders
-from weft.run.provenance import provenance
+from weft.run.provenance import manifest_hash, provenance
 from weft.run.sampling import check_shape
 from weft.run.train import Course, train
 
@@ -48,7 +61,8 @@ def train_run(
     survey = check(config)
     run = config.folder
     checkpoint, passed = find_checkpoint(run, config.resume)
-    state = resumed_state(config, checkpoint)
+    inputs = inputs_of(config, survey)
+    state = resumed_state(config, inputs, checkpoint)
     run.mkdir(parents=True, exist_ok=True)
     process = claim(run)
     log = EventLog(run / "events.rank0.jsonl")
@@ -59,7 +73,10 @@ def train_run(
         write_inputs(config, input_text)
         for sentence in passed:
             tell(Notice(text=sentence))
-        learner, keeper, stream = prepare(config, survey, tell)
+        if checkpoint is None or checkpoint.parent == run / "checkpoints":
+            for folder in set_aside_after(run, checkpoint):
+                tell(Notice(text=f"{folder.name}: a checkpoint beyond the start of this run, set aside"))
+        learner, keeper, stream = prepare(config, survey, inputs, tell)
         seed_chance(config.seed)
         if state is None:
             start_from(config, learner)
@@ -92,8 +109,35 @@ def check(config: RunConfig) -> Survey:
     survey = config.data.survey(config.family.geometry())
     survey.refuse_when_unusable(config.data.unreadable)
     check_samples(config)
-    target_report(config, config.family.skeleton())
+    check_adapter(config, target_report(config, config.family.skeleton()))
+    check_engine(config, config.engine.open())
+    check_optimizer(config)
     return survey
+
+
+def check_adapter(config: RunConfig, targets: TargetReport) -> None:
+    """Raises WeftError for an adapter to start from that is not there, or that stands on other layers."""
+    path = config.adapter.start_from
+    if path is None:
+        return
+    earlier = read_adapter(find_adapter(path))
+    if earlier.rank != config.adapter.rank:
+        raise ConfigError(
+            f"adapter.start_from: {path} has rank {earlier.rank}, the config {config.adapter.rank}. "
+            f"Write adapter.rank={earlier.rank}."
+        )
+    others = set(earlier.targets or paths_in(earlier.tensors)) ^ set(targets.paths)
+    if others:
+        raise ConfigError(
+            f"adapter.start_from: {path} and adapter.targets differ in {len(others)} layers, "
+            f"first '{min(others)}'. Name the same targets."
+        )
+
+
+def check_optimizer(config: RunConfig) -> None:
+    """Raises ConfigError for an optimizer that is not there or refuses its arguments; a parameter of one number
+    stands for the adapter's."""
+    config.optimizer.build({"w": nn.Parameter(torch.zeros(1))}, config.adapter.lr_factor)
 
 
 def check_samples(config: RunConfig) -> None:
@@ -104,22 +148,33 @@ def check_samples(config: RunConfig) -> None:
 
 
 def fill_cache(config: RunConfig, survey: Survey, tell: Listener) -> CacheStatus:
-    """Encode what the cache lacks, and say what it holds then."""
+    """Encode what the disk cache lacks, and say what it holds then. Raises ConfigError for a cache of another kind."""
+    if config.data.cache != "disk":
+        raise ConfigError(f"data.cache: '{config.data.cache}' keeps nothing for later. Write data.cache=disk.")
     engine = config.engine.open()
     store = config.data.store(survey, config.family.identity())
-    filled = store.fill(lambda: config.family.encoders(engine.device), tell)
+    filled = store.fill(lambda: config.family.encoders(engine.device, engine.carry), tell)
+    if filled.damaged:
+        tell(Notice(text=f"{filled.damaged} cache entries were damaged and have been encoded anew"))
     survey.without(filled.failed).refuse_when_unusable(config.data.unreadable)
     return store.status()
 
 
-def prepare(config: RunConfig, survey: Survey, tell: Listener) -> tuple[Learner, Keeper, Sequence[Any]]:
+def inputs_of(config: RunConfig, survey: Survey) -> dict[str, str]:
+    """What a run is made of besides its config: fingerprints of the clips as they will be trained on, and of the
+    model's parts."""
+    return {"clips": manifest_hash(survey), **config.family.identity()}
+
+
+def prepare(
+    config: RunConfig, survey: Survey, inputs: Mapping[str, str], tell: Listener
+) -> tuple[Learner, Keeper, Sequence[Any]]:
     """Cached data, an assembled learner, and what happens between its steps."""
     engine = config.engine.open()
     tell(PhaseStarted(phase="starting"))
-    identity = config.family.identity()
-    encoders = LazyEncoders(lambda: config.family.encoders(engine.device))
+    encoders = LazyEncoders(lambda: config.family.encoders(engine.device, engine.carry))
     dataset = config.data.open(
-        survey, identity, encoders.open, tell, seed=config.seed, last_step=config.schedule.steps
+        survey, inputs, encoders.open, tell, seed=config.seed, last_step=config.schedule.steps
     )
     if config.data.cache != "off":
         encoders.close()
@@ -131,8 +186,9 @@ def prepare(config: RunConfig, survey: Survey, tell: Listener) -> tuple[Learner,
         for item in failed:
             tell(Notice(text=f"validation: {item.key} cannot be measured: {item.reason}"))
         evaluator = Evaluator(batches, len(failed), config.validation.seed)
-    facts = provenance(config, survey, identity, engine.device)
-    return learner, Keeper(config, facts, tell, encoders, evaluator, survey.fps), [dataset.train]
+    facts = provenance(config, survey, inputs, engine.device)
+    keeper = Keeper(config, inputs, facts, tell, encoders, evaluator, survey.fps)
+    return learner, keeper, [dataset.train]
 
 
 def conclude(learner: Learner, keeper: Keeper, finished: bool) -> Result:
@@ -171,18 +227,23 @@ def write_inputs(config: RunConfig, input_text: str) -> None:
     write_json(run / "environment.json", environment(config.engine.device))
 
 
-def resumed_state(config: RunConfig, checkpoint: Path | None) -> Mapping[str, Any] | None:
-    """The checkpoint's state. Raises RunError with the differences when its config trains something else."""
+def resumed_state(
+    config: RunConfig, inputs: Mapping[str, str], checkpoint: Path | None
+) -> Mapping[str, Any] | None:
+    """The checkpoint's state. Raises RunError with the differences when its config or its inputs are others."""
     if checkpoint is None:
         return None
     state, old = read_checkpoint(checkpoint)
-    changes = [c for c in diff(old, config.resolved()) if not is_free(c, config.resume_allow)]
+    now = {**config.resolved(), "inputs": dict(inputs)}
+    changes = [c for c in diff(old, now) if not is_free(c, config.resume_allow)]
     if changes:
         lines = "\n".join(f"  {c.path}: {c.old!r} -> {c.new!r}" for c in changes)
-        allow = ",".join(sorted({c.path for c in changes}))
+        paths = sorted({c.path for c in changes})
+        fixed = [path for path in paths if is_under(path, FIXED_ON_RESUME)]
+        allow = "" if fixed else f", or allow it: resume_allow=[{','.join(paths)}]"
         raise RunError(
-            f"{config.folder} cannot go on from {checkpoint.name}: the config has changed since.\n{lines}\n"
-            f"Change it back, give the run another 'name', or allow it: resume_allow=[{allow}]."
+            f"{config.folder} cannot go on from {checkpoint.name}: what it is made of has changed since.\n{lines}\n"
+            f"Change it back, or give the run another 'name'{allow}."
         )
     if state["step"] > config.schedule.steps:
         raise RunError(
@@ -193,7 +254,9 @@ def resumed_state(config: RunConfig, checkpoint: Path | None) -> Mapping[str, An
 
 def is_free(change: Change, allowed: Sequence[str]) -> bool:
     """Whether a change alters no number of the training, or is allowed by name."""
-    free = (*FREE_ON_RESUME, *allowed)
-    return any(change.path == key or change.path.startswith(f"{key}.") for key in free)
+    return is_under(change.path, (*FREE_ON_RESUME, *allowed))
 
 
+def is_under(path: str, keys: Sequence[str]) -> bool:
+    """Whether a dotted path is one of the keys or lies within one."""
+    return any(path == key or path.startswith(f"{key}.") for key in keys)
