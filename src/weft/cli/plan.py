@@ -43,13 +43,11 @@ def print_plan(config: "RunConfig", plan: "Plan", console: "Console", everything
     print_clips(plan, console, everything)
     print_buckets(config, plan, console)
     print_targets(plan, console)
-    share = 100 * plan.trainable / (plan.total + plan.trainable)
     schedule = config.schedule
     per_step = config.data.batch_size * schedule.accumulate
     held_out = len(plan.survey.validation)
     console.print(
-        f"Trainable params: {plan.trainable:,} || All params: {plan.total + plan.trainable:,} "
-        f"|| Trainable: {share:.4f}%\n"
+        f"{plan.parameters.line()}\n"
         f"LoRA scale {config.adapter.scale:g} (rank {config.adapter.rank}), backend {config.adapter.backend}, "
         f"precision {plan.precision}\n"
         f"{schedule.steps} steps of {per_step} clips = {plan.epochs(schedule.steps):.1f} epochs of "

@@ -7,11 +7,8 @@ import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from pathlib import Path
 from typing import NamedTuple
 
-import av
 import numpy as np
 
 SIDE = 64  # pixels, the side that lengths refer to
@@ -156,10 +153,10 @@ def random_scene(rng: np.random.Generator, shapes: Sequence[str] = KNOWN_SHAPES,
     """Draw a scene from one side of the split, with its size and place varied."""
     while True:
         scene = Scene(
-            shape=shapes[rng.integers(len(shapes))],
-            color=tuple(COLORS)[rng.integers(len(COLORS))],
-            track=TRACKS[rng.integers(len(TRACKS))],
-            background=tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))],
+            shape=shapes[int(rng.integers(len(shapes)))],
+            color=tuple(COLORS)[int(rng.integers(len(COLORS)))],
+            track=TRACKS[int(rng.integers(len(TRACKS)))],
+            background=tuple(BACKGROUNDS)[int(rng.integers(len(BACKGROUNDS)))],
             radius=float(rng.uniform(*RADII)),
             offset=(float(rng.uniform(-JITTER, JITTER)), float(rng.uniform(-JITTER, JITTER))),
         )
@@ -170,14 +167,4 @@ def random_scene(rng: np.random.Generator, shapes: Sequence[str] = KNOWN_SHAPES,
 def random_caption(scene: Scene, rng: np.random.Generator, noun: str | None = None) -> str:
     """Describe the scene in one of the phrasings that fit it."""
     fitting = [i for i, text in enumerate(TEMPLATES) if scene.background == "black" or "{background}" in text]
-    return scene.caption(fitting[rng.integers(len(fitting))], noun)
-
-
-def write_clip(path: Path, frames: np.ndarray, fps: int = FPS) -> None:
-    """Write uint8 frames (F, H, W, 3) as H.264 that plays everywhere, with little loss."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "10"})
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
-        for pixels in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode())
+    return scene.caption(fitting[int(rng.integers(len(fitting)))], noun)

@@ -35,14 +35,19 @@ def parameter_groups(
     return list(groups.values())
 
 
-class AdamW(Section):
-    """AdamW. Loshchilov & Hutter 2019, arXiv:1711.05101."""
+class Adam(Section):
+    """What both kinds of AdamW take."""
 
-    kind: Literal["adamw"] = "adamw"
     lr: float = Field(default=1e-4, gt=0, description="learning rate at the top of the schedule")
     betas: tuple[float, float] = Field(default=(0.9, 0.999), description="decay of the two moments")
     eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(default=0.01, ge=0, description="decoupled weight decay")
+
+
+class AdamW(Adam):
+    """AdamW. Loshchilov & Hutter 2019, arXiv:1711.05101."""
+
+    kind: Literal["adamw"] = "adamw"
 
     def build(self, parameters: "Mapping[str, nn.Parameter]", factor: LrFactor) -> "Optimizer":
         """Fused where the device has the kernel, which all of torch's devices but mps do for fp32."""
@@ -53,14 +58,10 @@ class AdamW(Section):
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=on in ("cuda", "cpu"))
 
 
-class AdamW8bit(Section):
+class AdamW8bit(Adam):
     """AdamW with moments in 8 bits, by bitsandbytes. Dettmers et al. 2022, arXiv:2110.02861."""
 
     kind: Literal["adamw8bit"] = "adamw8bit"
-    lr: float = Field(default=1e-4, gt=0, description="learning rate at the top of the schedule")
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="decay of the two moments")
-    eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
-    weight_decay: float = Field(default=0.01, ge=0, description="decoupled weight decay")
 
     def build(self, parameters: "Mapping[str, nn.Parameter]", factor: LrFactor) -> "Optimizer":
         """Raises ConfigError when bitsandbytes is not installed."""

@@ -7,7 +7,7 @@ from weft.data.buckets import Bucket
 from weft.data.cache import CacheStatus
 from weft.data.survey import Survey
 from weft.errors import DataError, WeftError
-from weft.run.assemble import check_engine, target_report
+from weft.run.assemble import Trainable, check_engine, target_report
 from weft.run.config import RunConfig
 from weft.run.estimate import Estimate, estimate, precision_of
 from weft.run.start import check_adapter, check_optimizer, check_samples
@@ -19,8 +19,7 @@ class Plan:
 
     survey: Survey
     targets: TargetReport
-    trainable: int
-    total: int
+    parameters: Trainable
     memory: dict[Bucket, Estimate]
     precision: str
     steps_per_epoch: int
@@ -56,8 +55,7 @@ def plan(config: RunConfig) -> Plan:
     return Plan(
         survey=survey,
         targets=targets,
-        trainable=trainable,
-        total=sum(p.numel() for p in skeleton.parameters()),
+        parameters=Trainable(trainable, trainable + sum(p.numel() for p in skeleton.parameters())),
         memory=estimate(config, buckets, trainable),
         precision=precision_of(config),
         steps_per_epoch=per_epoch,

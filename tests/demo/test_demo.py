@@ -1,0 +1,37 @@
+"""`weft demo`, whole: the README's first command."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from weft.demo.concept import Proof
+from weft.demo.judge import Verdict
+
+
+def verdict(right: bool) -> Verdict:
+    return Verdict(right, right, right, None, None, 0.0)
+
+
+def test_the_proof_fails_when_training_changed_nothing():
+    nothing = tuple(verdict(False) for _ in range(6))
+    everything = tuple(verdict(True) for _ in range(6))
+    assert not Proof(nothing, nothing).learned
+    assert not Proof(everything, everything).learned  # then the base knew it already
+    assert Proof(nothing, everything).learned
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_demo_trains_a_lora_on_mp4_files_and_proves_in_the_videos_that_it_learned(tmp_path: Path):
+    command = [sys.executable, "-c", "from weft.cli.main import main; raise SystemExit(main())", "demo"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=580, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "before   after" in done.stdout
+    out = tmp_path / "weft-demo"
+    for name in ("before_after.mp4", "before_after.png", "runs/zorp/adapter/adapter_model.safetensors"):
+        assert (out / name).stat().st_size > 1000, name
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert again.returncode == 2
+    assert "holds an earlier demo" in again.stderr
