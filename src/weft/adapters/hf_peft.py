@@ -41,9 +41,12 @@ class PeftAdapters(NamedAdapters):
             for parameter in self.parameters(name).values():
                 parameter.requires_grad_(True)
             self._hook_dropout(name)
+        self._trained = [parameter for name in self.names for parameter in self.parameters(name).values()]
         self.in_use: str | None = self.names[-1]
+        self.wanted: str | None = None
         self._switch(None)
         self.initialize()
+        network.register_forward_pre_hook(self._before_forward)
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """Canonical name -> parameter, in network order."""
@@ -64,28 +67,37 @@ class PeftAdapters(NamedAdapters):
 
     @contextmanager
     def use(self, name: str | None) -> Iterator[None]:
-        """Answer under one adapter, or with None as the bare base."""
+        """Answer under one adapter, or with None as the bare base.
+
+        A switch walks over every layer, so the way back to the base waits until the network is asked outside: a
+        training step that uses one role again and again never switches.
+        """
         assert name is None or name in self.names, f"no adapter is called '{name}', only {self.names}"
-        before = self.in_use
-        self._switch(name)
+        before, self.wanted = self.wanted, name
+        self._switch(name)  # at once: a recomputed block of a pending backward asks no network
         try:
             yield
         finally:
-            self._switch(before)
+            self.wanted = before
+            if before is not None:
+                self._switch(before)
+
+    def _before_forward(self, network: nn.Module, inputs: object) -> None:
+        self._switch(self.wanted)
 
     def _switch(self, name: str | None) -> None:
         if name == self.in_use:
             return
         # PEFT's calls also freeze whatever is not in use. A parameter that is frozen while its graph waits for the
         # backward pass loses its gradient without an error, so the flags are put back.
-        flags = [(p, p.requires_grad) for each in self.names for p in self.parameters(each).values()]
+        flags = [parameter.requires_grad for parameter in self._trained]
         for layer in self.layers.values():
             # Each of these calls walks over all weights of a layer, so only what changes is called.
             if name is not None and layer.active_adapters != [name]:
                 layer.set_adapter(name)
             if layer.disable_adapters != (name is None):
                 layer.enable_adapters(name is not None)
-        for parameter, flag in flags:
+        for parameter, flag in zip(self._trained, flags, strict=True):
             parameter.requires_grad_(flag)
         self.in_use = name
 
