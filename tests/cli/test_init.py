@@ -1,5 +1,6 @@
 """`weft init` writes a config that parses as it stands, for every model that it knows."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,12 @@ def test_the_next_commands_are_told_with_the_download_when_it_is_needed(clips: P
 def test_a_folder_in_diffusers_layout_is_recognised(clips: Path):
     config = init(TINY, "--data", clips)
     assert config.family.source == TINY.as_posix() and config.data.fps == 8
+
+
+def test_a_long_folder_does_not_swallow_the_comment_behind_it(tmp_path: Path, clips: Path):
+    long = tmp_path / ("a" * 60)
+    shutil.copytree(TINY, long)
+    assert init(long, "--data", clips).family.source == long.as_posix()
 
 
 def test_a_folder_that_is_no_model_is_refused(clips: Path):

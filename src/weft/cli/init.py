@@ -103,7 +103,8 @@ def written(base: Base, data: Path, clips: int) -> str:
 
 
 def _line(text: str, comment: str) -> str:
-    return f"{text:<{COMMENT_COLUMN}}# {comment}" if comment else text
+    # The space is YAML's: without it, a text as long as the column would swallow the comment.
+    return f"{text:<{COMMENT_COLUMN - 1}} # {comment}" if comment else text
 
 
 Lines = list[tuple[str, str]]
