@@ -1,0 +1,75 @@
+"""An adapter used again: as the start of another run, and by `weft sample`."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.small import config_of, merged
+from weft.cli.sample import run as sample
+from weft.errors import ConfigError, ModelError
+from weft.formats.reading import read_adapter
+from weft.run.start import check, train_run
+
+ONE_STEP = {"schedule": {"steps": 1, "warmup": 0}, "validation": {"every": 0}}
+
+
+def silent(event: object) -> None:
+    """Nobody listens."""
+
+
+@pytest.fixture
+def trained(plain) -> Path:
+    """The adapter of a finished run."""
+    config = config_of(plain)
+    train_run(config, silent)
+    return config.folder / "adapter"
+
+
+def change(tensors: dict[str, torch.Tensor], scale: float, path: str) -> torch.Tensor:
+    return scale * tensors[f"{path}.lora_B.weight"] @ tensors[f"{path}.lora_A.weight"]
+
+
+def test_a_run_starts_from_an_adapter_at_the_strength_that_it_had(plain, trained):
+    """Another alpha and a learning rate of nearly nothing: the change of each layer stays what it was."""
+    adapter = {"start_from": str(trained), "alpha": 1}
+    again = config_of(merged(plain, ONE_STEP), name="again", adapter=adapter, optimizer={"lr": 1e-12})
+    train_run(again, silent)
+    old, new = read_adapter(trained), read_adapter(again.folder / "adapter")
+    assert (old.scale, new.scale) == (1.0, 0.25)
+    for path in old.targets:
+        before, after = (change(dict(a.tensors), a.scale, path) for a in (old, new))
+        assert before.abs().max() > 0
+        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "told"), [({"rank": 8}, "has rank 4, the config 8"), ({"targets": "ffn"}, "differ in .* layers")]
+)
+def test_an_adapter_that_does_not_fit_is_refused_before_weights_are_read(plain, trained, adapter, told):
+    with pytest.raises(ConfigError, match=told):
+        check(config_of(plain, adapter={"start_from": str(trained), **adapter}))
+
+
+SIZE = ["--frames", "5", "--width", "32", "--height", "32", "--steps", "2"]
+
+
+def test_sample_writes_a_video_for_each_prompt_and_the_bases_beside_it(trained, tmp_path, capsys):
+    asked = ["--prompt", "a square", "--prompt", "a circle", "--compare", "--out", str(tmp_path / "out")]
+    assert sample([str(trained), *asked, *SIZE]) == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"00.mp4", "01.mp4", "00_base.mp4", "01_base.mp4", "sheet.png"}
+    assert "other base weights" not in capsys.readouterr().err
+
+
+def test_sample_refuses_a_size_that_the_model_cannot_make(trained, tmp_path):
+    with pytest.raises(ConfigError, match=r"--width: 40 does not divide by 16"):
+        sample([str(trained), "--prompt", "x", "--out", str(tmp_path), *SIZE, "--width", "40"])
+
+
+def test_sample_on_another_base_says_that_the_layers_are_not_there(trained, tmp_path):
+    from tests.small import make_wan
+
+    other = make_wan(tmp_path / "other", layers=1)
+    with pytest.raises(ModelError, match=r"this base has no 'blocks\.1\."):
+        sample([str(trained), "--prompt", "x", "--out", str(tmp_path / "out"), "--base", str(other), *SIZE])
