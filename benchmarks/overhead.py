@@ -50,7 +50,7 @@ def stream_of(config: RunConfig) -> RandomClips:
 def weft_loop(backend: str, batch: int, folder: Path) -> Callable[[int], None]:
     """The loop of `weft train` with the log and the terminal that a user has."""
     config = config_of(backend, batch)
-    learner = assemble(config, SingleEngine.open("cpu", "fp32", recompute=False, verify=False))
+    learner = assemble(config, SingleEngine.open("cpu", "fp32"))
     stream = stream_of(config)
     quiet = Console(file=(folder / f"{backend}.txt").open("w"))
     tell = tell_all(EventLog(folder / f"{backend}.jsonl"), Terminal(quiet))

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from tests.small import config_of, plain_config
-from weft.contracts import Batch, Loss, Phase, Stepped
-from weft.objectives.flow_matching import ROLE, FlowMatching
+from weft.contracts import DEFAULT, Batch, Loss, Model, Phase, Stepped
+from weft.objectives.flow_matching import FlowMatching, Question
 from weft.run.assemble import assemble
 from weft.run.config import RunConfig
 from weft.run.learner import Learner
 from weft.run.train import Course, Outcome, train
 
+ROLE = DEFAULT.name
 TEXT_WIDTH = 128  # of the shipped text encoder
 
 
@@ -42,7 +43,11 @@ def shake(learner: Learner, seed: int = 3) -> None:
 
 
 def weights(learner: Learner) -> dict[str, Any]:
-    return dict(learner.model.adapters.parameters(ROLE))
+    """The trained weights; with several roles those of all, under their names."""
+    adapters = learner.model.adapters
+    if adapters.names == (ROLE,):
+        return dict(adapters.parameters(ROLE))
+    return {f"{name}.{key}": p for name in adapters.names for key, p in adapters.parameters(name).items()}
 
 
 def frozen(tensors: dict[str, Any]) -> dict[str, Tensor]:
@@ -73,7 +78,11 @@ class Given(FlowMatching):
     """Flow matching on the noise and the times that a batch brings, so that cutting it up changes no draw."""
 
     def loss(self, phase, model, batch, state, rng) -> Loss:
-        return Loss(self.errors(model, batch, batch["noise"], batch["t"]).sum())
+        return Loss(self.given_errors(model, batch).sum())
+
+    def given_errors(self, model: Model, batch: Batch) -> Tensor:
+        """Each item's error (B,)."""
+        return self.errors(model, batch, Question(batch["noise"], batch["t"], ROLE))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from weft.run.config import RunConfig, load_config
 
 ROOT = Path(__file__).parents[1]
 HOUSE = ROOT / "src" / "weft"
-DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("examples/**/*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("examples/**/*.md"))]
 CODE = re.compile(r"```.*?```|`[^`\n]+`", re.DOTALL)
 
 

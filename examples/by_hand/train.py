@@ -15,16 +15,18 @@ from torch.nn.utils.rnn import pad_sequence
 
 from weft.adapters.lora import Lora
 from weft.adapters.modules import linears_of
-from weft.contracts import Batch, Encoders, Model, Rng
+from weft.contracts import DEFAULT, Batch, Encoders, Model, Rng
 from weft.demo.shapes import RING, random_caption, random_scene, render
 from weft.families.wan import Wan
+from weft.families.weights import stay
 from weft.formats.adapter_file import SavedAdapter
 from weft.formats.peft import PeftFolder
 from weft.math.chance import generator
-from weft.objectives.flow_matching import ROLE, FlowMatching, Shift
+from weft.objectives.flow_matching import FlowMatching, Shift
 
 CLIPS = 8
 SEED = 0
+ROLE = DEFAULT.name  # of the one adapter
 
 
 def encoded_clips(encoders: Encoders) -> Batch:
@@ -33,14 +35,15 @@ def encoded_clips(encoders: Encoders) -> Batch:
     scenes = [random_scene(rng, (RING,)) for _ in range(CLIPS)]
     frames = numpy.stack([render(scene) for scene in scenes])  # (B, F, H, W, 3) uint8
     pixels = torch.from_numpy(frames).permute(0, 4, 1, 2, 3) / 127.5 - 1  # (B, 3, F, H, W) in [-1, 1]
-    text = encoders.text([random_caption(scene, rng) for scene in scenes])
-    tensors = {"latents": encoders.latents(pixels), "text": pad_sequence([t.float() for t in text], batch_first=True)}
+    captions = encoders.text([random_caption(scene, rng) for scene in scenes])
+    text = pad_sequence([caption["text"].float() for caption in captions], batch_first=True)
+    tensors = {"latents": encoders.latents(pixels), "text": text}
     return Batch(tensors, tuple(str(number) for number in range(CLIPS)))
 
 
 def model_with_adapter(family: Wan, recipe: Lora) -> Model:
     """The frozen network with a new adapter on the layers that the recipe's targets name."""
-    network = family.load("fp32")
+    network = family.load("fp32", DEFAULT.name, stay)
     report = recipe.match(linears_of(network), family.targets, family.aliases)
     print(f"{len(report.paths)} layers, {report.parameters(recipe.rank):,} trainable parameters")
     return Model(network.train(), family, recipe.attach(network, report.paths, (ROLE,), SEED))
@@ -48,8 +51,9 @@ def model_with_adapter(family: Wan, recipe: Lora) -> Model:
 
 def validation_loss(objective: FlowMatching, model: Model, batch: Batch) -> float:
     """The same question each time: fixed noise at fixed times."""
+    asked = objective.measured(model.family.experts)
     with model.adapters.use(ROLE):
-        return float(torch.stack([objective.measure(model, batch, t, SEED) for t in objective.validation_times]).mean())
+        return float(torch.stack([objective.measure(model, batch, *each, SEED) for each in asked]).mean())
 
 
 def train(model: Model, objective: FlowMatching, batch: Batch, steps: int, lr: float) -> None:

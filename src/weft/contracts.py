@@ -10,7 +10,7 @@ A role is a named adapter on one shared frozen base; the name None is the base i
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +34,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class Denoise:
-    """One question to a denoiser. x: (B, C, F, H, W). t: (B,) in [0, 1], fp32. cond: what the family asks for."""
+    """One question to a denoiser. x: (B, C, F, H, W). t: (B,) in [0, 1], fp32. cond: what the family asks for.
+
+    given: (B, F) bool, latent frames that are known: there x holds their data, and their own time is 0. expert: which
+    network is asked, where a model has several.
+    """
 
     x: Tensor
     t: Tensor
     cond: Mapping[str, Tensor]
+    given: Tensor | None = None
+    expert: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,8 +68,8 @@ class Rng:
     """The chance of one micro-batch, seeded anew from (seed, step, micro-batch, rank): a resumed run draws the same.
 
     own: differs between ranks (noise, dropout). shared: equal on all ranks; anything that alters which network calls
-    are made must come from it, or sharded engines wait for ever. draw: number of this micro-batch, counted over all
-    ranks since the run began, so that stratified draws go on across steps.
+    are made must come from it, or sharded engines wait for ever. draw: number of this micro-batch among its phase's,
+    counted over all ranks since the run began, so that stratified draws go on across steps.
     """
 
     own: torch.Generator
@@ -75,6 +81,20 @@ class Rng:
 # ---- Model --------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Expert:
+    """One network of a family, and the times [low, high] that it is asked at. Its adapter has its name."""
+
+    name: str  # "default" where a model has one network; "high" and "low" in Wan 2.2 A14B
+    times: tuple[float, float]
+
+
+DEFAULT = Expert("default", (0.0, 1.0))  # PEFT's own name of a single adapter, so that files carry no name of ours
+
+# (frozen tensor, number of its block or None, blocks of the network) -> the tensor where it lives while training.
+Put = Callable[[Tensor, int | None, int], Tensor]
+
+
 class Encoders(Protocol):
     """The frozen encoders around a video model; loaded for caching and sampling, never while training from a cache."""
 
@@ -82,12 +102,18 @@ class Encoders(Protocol):
         """Normalised posterior mean, fp32 (B, C, f, h, w), of pixels (B, 3, F, H, W) in [-1, 1]."""
         ...
 
+    def given(self, pixels: Tensor) -> Mapping[str, Tensor]:
+        """What an image-to-video network is told of the first frame of pixels (B, 3, F, H, W) in [-1, 1], by name, each
+        (B, ...); nothing for other models. Of the frames after the first only the number counts."""
+        ...
+
     def pixels(self, latents: Tensor) -> Tensor:
         """Pixels (B, 3, F, H, W) in [-1, 1] of normalised latents."""
         ...
 
-    def text(self, captions: Sequence[str]) -> list[Tensor]:
-        """One (L_i, D) tensor for each caption, cut to its real length; padding is added when a batch is made."""
+    def text(self, captions: Sequence[str]) -> list[Mapping[str, Tensor]]:
+        """For each caption {"text": (L_i, D), ...}. Its text is cut to its real length, and padded when a batch is
+        made; further tensors have one shape for all captions."""
         ...
 
 
@@ -121,8 +147,28 @@ class ModelFamily(Protocol):
         ...
 
     @property
-    def aliases(self) -> Mapping[str, str]:
+    def aliases(self) -> Mapping[str, str | tuple[str, ...]]:
         """Other programs' names of layer suffixes -> this network's: {'self_attn.q': 'attn1.to_q', ...}."""
+        ...
+
+    @property
+    def experts(self) -> tuple[Expert, ...]:
+        """The networks that are trained."""
+        ...
+
+    @property
+    def all_experts(self) -> tuple[Expert, ...]:
+        """The networks that a sample needs, noisiest first."""
+        ...
+
+    @property
+    def image(self) -> Literal["none", "channels", "frames"]:
+        """How the network is given a first frame: not at all, in further channels (always), as a clean latent frame."""
+        ...
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether guidance is an input of the network, cond["guidance"] (B,), in place of a second question."""
         ...
 
     def geometry(self) -> VideoGeometry: ...
@@ -130,24 +176,31 @@ class ModelFamily(Protocol):
         """The network without weights: names and shapes on the meta device, or on a device of fake tensors."""
         ...
 
-    def conditions(self, items: int) -> Mapping[str, Tensor]:
-        """Conditions of the right shapes, without meaning: for estimates and benches."""
+    def conditions(self, items: int, frames: int, height: int, width: int) -> Mapping[str, Tensor]:
+        """Conditions of the right shapes for latents (items, C, frames, height, width), without meaning: for estimates
+        and benches."""
         ...
 
     def weight_dtype(self, precision: str) -> str:
-        """fp32, bf16 or fp16: in which frozen weights lie in memory when the engine multiplies in precision."""
+        """fp32, bf16 or fp16: in which frozen weights lie in memory, or are decoded to, when the engine multiplies in
+        precision."""
         ...
 
-    def load(self, precision: str) -> nn.Module:
-        """The frozen network with its weights, on the cpu; an engine places it."""
+    def weight_bytes(self, precision: str) -> Mapping[int | None, int]:
+        """Bytes of one network's frozen weights in memory by the number of their block; None: outside of blocks."""
+        ...
+
+    def load(self, precision: str, expert: str, put: Put) -> nn.Module:
+        """The frozen network of an expert. Each tensor is read, cast or quantized, and put where it lives."""
         ...
 
     def encoders(self, device: torch.device, carry: Callable[[nn.Module], nn.Module]) -> Encoders:
         """The encoders, carried to the device by the engine's own way."""
         ...
 
-    def scheduler(self) -> Any:
-        """A fresh diffusers scheduler, as the source's own config asks for."""
+    def sampler(self, steps: int, device: torch.device) -> Any:
+        """A fresh diffusers scheduler as the source's own config asks for, its timesteps set as the model's own
+        pipeline sets them."""
         ...
 
     def identity(self) -> Mapping[str, str]:
@@ -168,18 +221,25 @@ class AdapterMethod(Protocol):
 class Model:
     """A network, how to call it, and the adapters on it. weights stand in for parameters (La-MAML's fast weights)."""
 
-    network: nn.Module
+    network: nn.Module  # of one expert; of several an nn.ModuleDict that holds them under their names
     family: ModelFamily
     adapters: Adapters
     weights: Mapping[str, Tensor] | None = None
+    ready: Callable[[str], None] | None = None  # brings the named expert to the device, where it may be elsewhere
 
     def velocity(self, inputs: Denoise) -> Tensor:
         """dx/dt (B, C, F, H, W) under the adapter in use."""
+        network = self.network
+        if isinstance(network, nn.ModuleDict):
+            assert inputs.expert is not None, f"which of {list(network)} is asked?"
+            if self.ready is not None:
+                self.ready(inputs.expert)
+            network = network[inputs.expert]
         if self.weights is None:
-            return self.family.forward(self.network, inputs)
+            return self.family.forward(network, inputs)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            return torch.func.functional_call(self.network, dict(self.weights or {}), args, kwargs)
+            return torch.func.functional_call(network, dict(self.weights or {}), args, kwargs)
 
         return self.family.forward(call, inputs)
 
@@ -219,13 +279,23 @@ BuildOptimizer = Callable[[str, Mapping[str, nn.Parameter]], Optimizer]
 class Objective(Protocol):
     """What is learned from a batch. Frozen, and it knows no device, no rank, no file and no clock."""
 
-    @property
-    def roles(self) -> tuple[str, ...]: ...
+    def roles(self, experts: Sequence[Expert]) -> tuple[str, ...]:
+        """The adapters that it trains."""
+        ...
+
+    def shown(self, experts: Sequence[Expert]) -> tuple[str, ...]:
+        """Of these the ones that are exported, measured and sampled: one for each expert, in their order."""
+        ...
+
+    def check(self, family: ModelFamily) -> None:
+        """Raises ConfigError for what does not go with the family."""
+        ...
+
     @property
     def needs(self) -> frozenset[str]: ...
     def init(self, model: Model) -> State: ...
     def optimizers(self, model: Model, state: State, build: BuildOptimizer) -> dict[str, Optimizer]: ...
-    def phases(self, step: int) -> tuple[Phase, ...]: ...
+    def phases(self, step: int, experts: Sequence[Expert]) -> tuple[Phase, ...]: ...
     def count(self, batch: Batch) -> int:
         """Items (samples, tokens) that the loss is summed over."""
         ...
@@ -237,9 +307,11 @@ class Objective(Protocol):
 class Validated(Protocol):
     """An objective that can be measured without chance: same noise, same times, whenever it is asked."""
 
-    @property
-    def validation_times(self) -> tuple[float, ...]: ...
-    def measure(self, model: Model, batch: Batch, time: float, seed: int) -> Tensor:
+    def measured(self, experts: Sequence[Expert]) -> tuple[tuple[str, float], ...]:
+        """Each (name of an expert, time) that it is measured at."""
+        ...
+
+    def measure(self, model: Model, batch: Batch, expert: str, time: float, seed: int) -> Tensor:
         """Loss of each item, (B,) fp32, on noise fixed by (seed, item key) at one time; no gradient."""
         ...
 
@@ -257,7 +329,18 @@ class Engine(Protocol):
         """Move a module to the device, checked on arrival where that was asked for."""
         ...
 
-    def place(self, network: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module: ...
+    def berth(self, number: int) -> Put:
+        """Where the weights of a run's first, second, ... network go as they are read."""
+        ...
+
+    def place(self, network: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
+        """Make a network that was read into its berth ready to run: what else it holds, recomputation, streaming."""
+        ...
+
+    def alternate(self, networks: Mapping[str, nn.Module]) -> Callable[[str], None]:
+        """Of several placed networks one is asked at a time; the call that is returned makes the named one ready."""
+        ...
+
     def put(self, batch: Batch) -> Batch: ...
     def computing(self) -> AbstractContextManager[None]:
         """Mixed precision around a forward pass."""

@@ -93,6 +93,7 @@ class Evaluated(Event):
     baseline_by_time: Mapping[str, float]
     items: int
     failed: int
+    by_expert: Mapping[str, float] = field(default_factory=dict)  # where several experts are trained
     standard_error: float | None = None  # of the paired difference to the baseline
 
 

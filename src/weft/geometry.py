@@ -9,6 +9,7 @@ class VideoGeometry:
 
     fps: frames per second that the model was trained at. space_stride: pixels per latent cell on each side.
     time_stride: frames per latent frame after the first. patch: latent cells per token, as (frames, height, width).
+    causal: the first latent frames of a clip do not depend on the frames after theirs.
     """
 
     fps: float
@@ -16,6 +17,7 @@ class VideoGeometry:
     time_stride: int
     patch: tuple[int, int, int]
     latent_channels: int
+    causal: bool = True
 
     @property
     def side_multiple(self) -> int:

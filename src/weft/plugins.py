@@ -9,8 +9,16 @@ from typing import Annotated, Any, Union
 from weft.errors import ConfigError, did_you_mean
 
 BUILT_IN: Mapping[str, Mapping[str, str]] = {
-    "family": {"wan": "weft.families.wan:Wan"},
-    "adapter": {"lora": "weft.adapters.lora:Lora"},
+    "family": {
+        "wan": "weft.families.wan:Wan",
+        "hunyuan-video": "weft.families.hunyuan_video:HunyuanVideo",
+    },
+    "adapter": {
+        "lora": "weft.adapters.lora:Lora",
+        "loha": "weft.adapters.loha:LoHa",
+        "lokr": "weft.adapters.lokr:LoKr",
+        "oft": "weft.adapters.oft:Oft",
+    },
     "objective": {"flow-matching": "weft.objectives.flow_matching:FlowMatching"},
     "engine": {"single": "weft.engines.single:Single"},
     "data": {"video": "weft.data.video:VideoData"},
@@ -26,7 +34,7 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
     "verb": {
         name: f"weft.cli.{name}:run"
         for name in (
-            "demo", "init", "plan", "cache", "train", "sample", "show", "bench", "doctor", "config",
+            "demo", "init", "plan", "cache", "train", "stop", "sample", "merge", "show", "bench", "doctor", "config",
         )
     },
 }  # fmt: skip

@@ -8,9 +8,8 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import Tensor, nn
 
-from weft.adapters.lora import Lora
-from weft.adapters.modules import linears_of
 from weft.adapters.named import NamedAdapters
+from weft.adapters.recipe import Recipe
 
 ATTENTION = r"blocks\.\d+\.attn[12]\.to_(q|k|v|out\.0)"
 BOTH = r"blocks\.\d+\.(attn[12]\.to_(q|k|v|out\.0)|ffn\.net\.(0\.proj|2))"
@@ -59,8 +58,8 @@ def ask() -> Callable[[nn.Module], Tensor]:
 def attach() -> Callable[..., NamedAdapters]:
     """Put adapters on the attention of a network (or on what the recipe names)."""
 
-    def put(recipe: Lora, network: nn.Module, names: tuple[str, ...] = ("student",), seed: int = 7) -> NamedAdapters:
-        return recipe.attach(network, recipe.match(linears_of(network), PRESETS, {}).paths, names, seed)
+    def put(recipe: Recipe, network: nn.Module, names: tuple[str, ...] = ("student",), seed: int = 7) -> NamedAdapters:
+        return recipe.attach(network, recipe.match(recipe.layers(network), PRESETS, {}).paths, names, seed)
 
     return put
 

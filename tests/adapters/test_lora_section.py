@@ -48,8 +48,10 @@ def test_impossible_recipes_are_refused_by_name(fields, words):
 
 def test_parsing_and_matching_import_neither_torch_nor_peft():
     code = (
-        "import sys; from weft.adapters.lora import Lora; import weft.formats.describe;"
-        "Lora(targets='to_q').match({'a.to_q': (2, 2)}, {}, {});"
+        "import sys; from weft import plugins; import weft.formats.describe;"
+        "kinds = plugins.section_types('adapter').values();"
+        "reports = [kind(targets='to_q').match({'a.to_q': (64, 64)}, {}, {}) for kind in kinds];"
+        "counts = [kind().trainable(report) for kind, report in zip(kinds, reports)];"
         "sys.exit(any(m in sys.modules for m in ('torch', 'peft', 'numpy')))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -10,6 +10,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.testing import assert_close
 
+from tests.adapters import recipes
 from weft.adapters.lora import Lora
 from weft.formats.adapter_file import SavedAdapter
 from weft.formats.diffusers import DiffusersFile
@@ -64,6 +65,28 @@ def test_a_diffusers_pipeline_loads_our_file_and_answers_as_we_do(trained, tiny_
     pipeline = WanPipeline(nothing, nothing, nothing, schedule, transformer=tiny_wan())
     pipeline.load_lora_weights(tmp_path)
     alike(ask(pipeline.transformer), expected)
+
+
+@pytest.mark.parametrize("kind", ["pissa", "conv", "conv pissa"])
+@torch.no_grad()
+def test_a_diffusers_pipeline_answers_as_we_do_with_convolutions_and_pissa(
+    kind, tiny_wan, ask, attach, shaken, tmp_path
+):
+    recipe, network = recipes.KINDS[kind], tiny_wan()
+    adapters = attach(recipe, network)
+    shaken(adapters)
+    adapter = recipes.saved(recipe, adapters)
+    file = DiffusersFile().write(tmp_path, adapter)
+    read = read_adapter(file)
+    assert (read.rank, read.alpha, read.conv_rank, read.conv_alpha) == (
+        adapter.rank, adapter.alpha, adapter.conv_rank, adapter.conv_alpha,
+    )  # fmt: skip
+    nothing: Any = None
+    schedule = FlowMatchEulerDiscreteScheduler()
+    pipeline = WanPipeline(nothing, nothing, nothing, schedule, transformer=tiny_wan())
+    pipeline.load_lora_weights(tmp_path)
+    with adapters.use("student"):
+        assert_close(ask(pipeline.transformer), ask(network), atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("style", [PeftFolder(), DiffusersFile()], ids=["peft", "diffusers"])

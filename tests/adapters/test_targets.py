@@ -52,6 +52,28 @@ def test_other_programs_names_are_translated():
     assert paths("blocks.3.self_attn.o") == ("blocks.3.attn1.to_out.0",)
 
 
+def test_an_alias_may_stand_for_several_layers_and_for_the_head_of_a_path():
+    """HunyuanVideo: official checkpoints hold q, k and v in one matrix, and name the blocks otherwise."""
+    layers = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+    linears = {f"transformer_blocks.{n}.attn.{layer}": (4, 4) for n in range(2) for layer in layers}
+    linears |= {f"single_transformer_blocks.0.attn.{layer}": (4, 4) for layer in layers[:3]}
+    aliases = {
+        "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+        "txt_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+        "double_blocks": "transformer_blocks",
+    }
+
+    def found(pattern: str) -> list[str]:
+        return [
+            path.removeprefix("transformer_blocks.")
+            for path in match_targets([pattern], [], linears, {}, aliases).paths
+        ]
+
+    assert found("txt_attn_qkv") == [f"{n}.attn.add_{x}_proj" for n in (0, 1) for x in "qkv"]
+    assert found("double_blocks.1.img_attn_qkv") == ["1.attn.to_q", "1.attn.to_k", "1.attn.to_v"]
+    assert found("double_blocks.1.attn.to_q") == ["1.attn.to_q"]
+
+
 def test_a_regex_must_match_the_whole_path():
     assert paths(r"blocks\.[0-3]\.attn1\.to_[qk]") == tuple(f"blocks.{n}.attn1.to_{x}" for n in range(4) for x in "qk")
     assert "matches no linear layer" in str(refusal(r"attn1\.to_[qk]"))

@@ -7,6 +7,7 @@ import pytest
 from weft.cli import checks
 from weft.cli.doctor import run
 from weft.engines.transfer import Probe
+from weft.engines.visible import Installed, visible_gpus
 
 
 @pytest.mark.parametrize(
@@ -51,3 +52,16 @@ def test_a_failed_probe_makes_exit_code_1_and_tells_what_to_do(
 def test_a_folder_that_cannot_be_written_is_a_failed_check(tmp_path):
     (found,) = checks.file_system(tmp_path / "nowhere")
     assert found.status == "fail" and "Work in another one" in found.detail
+
+
+def test_each_visible_gpu_is_listed_with_its_number_and_how_a_child_is_given_it():
+    two = (Installed(0, "GPU-aa", "V100"), Installed(1, "GPU-bb", "V100"))
+    (line,) = checks.gpus(visible_gpus({"CUDA_VISIBLE_DEVICES": "1"}, two, ["bb"]))
+    assert line.name == "gpu 1"
+    assert line.detail == "cuda:0, the driver's 1, CUDA_VISIBLE_DEVICES=1, V100, GPU-bb"
+
+
+def test_a_variable_that_hides_every_gpu_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    (line,) = checks.gpus(visible_gpus({"CUDA_VISIBLE_DEVICES": "-1"}, None))
+    assert (line.status, line.detail) == ("note", "none. CUDA_VISIBLE_DEVICES is '-1'.")

@@ -65,7 +65,7 @@ def test_a_long_folder_does_not_swallow_the_comment_behind_it(tmp_path: Path, cl
 
 
 def test_a_folder_that_is_no_model_is_refused(clips: Path):
-    with pytest.raises(ModelError, match="A folder in diffusers layout was expected"):
+    with pytest.raises(ModelError, match="is no model that Weft knows"):
         run([str(clips), "--data", str(clips)])
 
 
@@ -89,3 +89,28 @@ def test_data_that_is_not_there_is_answered_before_anything_is_written(clips: Pa
     with pytest.raises(DataError, match=r"'empty' holds no clip \(\.mp4"):
         run(["tiny-wan", "--data", "empty"])
     assert not Path("run.yaml").exists()
+
+
+def test_musubis_dataset_file_is_written_out_in_our_own_keys(tmp_path: Path, clips: Path):
+    """960 x 544 pixels are an area of 722.7 squared."""
+    toml = tmp_path / "set.toml"
+    toml.write_text(
+        '[general]\nresolution = [960, 544]\nenable_bucket = true\ncaption_extension = ".txt"\n'
+        '[[datasets]]\nvideo_directory = "my clips"\ntarget_frames = [1, 25]\nframe_extraction = "uniform"\n'
+        "frame_sample = 4\nnum_repeats = 2\n"
+    )
+    config = init("wan2.2-t2v-a14b", "--data", toml)
+    (source,) = config.data.sources
+    assert (source.path, source.repeats, source.caption_extension) == (Path("my clips"), 2, ".txt")
+    assert config.data.buckets.frames == (1, 25) and config.data.buckets.sides == (723,)
+    assert source.extraction.count == 4
+
+
+def test_a_model_of_two_networks_is_written_with_both_and_their_turns(clips: Path):
+    config = init("wan2.2-t2v-a14b", "--data", clips)
+    assert (config.family.expert, config.objective.turn, config.samples.guidance_low) == ("both", 50, 3.0)
+
+
+def test_hunyuan_video_is_written_as_its_own_family(clips: Path):
+    config = init("hunyuan-video", "--data", clips)
+    assert (config.family.kind, config.samples.guidance) == ("hunyuan-video", 6.0)

@@ -1,6 +1,7 @@
 """`weft show` reads headers and small files, and says what lies at a path."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 import weft
-from weft.cli.show import facts_of, run
+from tests.families import networks, official
+from weft.cli.show import facts_of, run, run_facts
 from weft.errors import ModelError, RunError
 from weft.events import RunEnded, StepEnded
 from weft.formats.adapter_file import SavedAdapter
@@ -95,3 +97,63 @@ def test_what_is_nothing_of_ours_is_said_with_what_is_there(tmp_path: Path):
         facts_of(tmp_path)
     with pytest.raises(ModelError, match=r"there is no '.*note.txt' .*Did you mean 'notes.txt'\?"):
         facts_of(tmp_path / "note.txt")
+
+
+def test_a_transformers_file_says_its_family_task_precision_and_whose_names_it_has(tmp_path: Path):
+    shapes = {
+        "blocks.0.self_attn.q.weight": (5120, 5120),
+        "blocks.39.self_attn.q.weight": (5120, 5120),
+        "head.head.weight": (64, 5120),
+        "patch_embedding.weight": (5120, 16, 1, 2, 2),
+    }
+    path = tmp_path / "wan.safetensors"
+    write_header(path, {f"model.diffusion_model.{name}": ("F8_E4M3", shape) for name, shape in shapes.items()})
+    facts = facts_of(path)
+    assert facts["what"] == "a Wan transformer, t2v (fp8, 0.1B)"
+    assert facts["model"] == "Wan 2.1 T2V 14B, or an expert of Wan 2.2 T2V A14B"
+    assert (facts["names"], facts["width"], facts["blocks"]) == ("of the makers", 5120, 40)
+
+
+def write_header(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+    """A sparse safetensors file: the header alone takes room."""
+    header, end = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        size = math.prod(shape) * {"F8_E4M3": 1, "BF16": 2, "F32": 4}[dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+def test_an_autoencoder_and_a_quantized_file_are_told_by_name(tmp_path: Path):
+    vae = {"encoder.middle.0.residual.0.gamma": torch.ones(4, 1, 1, 1), "conv1.weight": torch.ones(2, 2)}
+    torch.save(vae, tmp_path / "Wan2.1_VAE.pth")
+    assert facts_of(tmp_path / "Wan2.1_VAE.pth")["what"] == "a Wan autoencoder (fp32, 8 parameters)"
+    save_file({"a.qweight": torch.ones(2), "a.wscales": torch.ones(2)}, tmp_path / "svdq.safetensors")
+    assert facts_of(tmp_path / "svdq.safetensors")["what"] == "weights quantized by nunchaku (SVDQuant)"
+    (tmp_path / "wan.gguf").write_bytes(b"GGUF" + bytes(20))
+    with pytest.raises(ModelError, match="GGUF"):
+        facts_of(tmp_path / "wan.gguf")
+
+
+def test_a_makers_directory_says_its_parts(tmp_path: Path):
+    for expert in ("high", "low"):
+        (tmp_path / f"{expert}_noise_model").mkdir()
+        state = official.wan_transformer(networks.wan().state_dict())
+        save_file(state, tmp_path / f"{expert}_noise_model" / "diffusion_pytorch_model.safetensors")
+    facts = facts_of(tmp_path)
+    assert facts["what"] == "a base model in its makers' own layout"
+    assert facts["high"] == facts["low"] and facts["low"].startswith("a Wan transformer, t2v (fp32, ")
+    assert facts["model"] == "none that Weft knows by its sizes"
+
+
+def test_the_adapters_of_both_experts_stand_in_a_runs_summary_in_their_order(tmp_path: Path):
+    folder = tmp_path / "run"
+    for name in ("global_step_10_low", "global_step_10_high", "global_step_9_high", "adapter_high", "adapter_low"):
+        (folder / name).mkdir(parents=True)
+    (folder / "config.yaml").write_text("name: run\n")
+    assert run_facts(folder)["adapters"] == [
+        "global_step_9_high", "global_step_10_high", "global_step_10_low", "adapter_high", "adapter_low",
+    ]  # fmt: skip

@@ -1,6 +1,6 @@
 """A folder of clips, a small deterministic encoder, and a listener that keeps what it hears."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -33,12 +33,15 @@ class ToyEncoders:
         rest = cells[:, :, 1:].unflatten(2, (-1, TINY.time_stride)).mean(3) if cells.shape[2] > 1 else cells[:, :, :0]
         return torch.cat([cells[:, :, :1], rest], 2)
 
+    def given(self, pixels: Tensor) -> Mapping[str, Tensor]:
+        return {}
+
     def pixels(self, latents: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def text(self, captions: Sequence[str]) -> list[Tensor]:
+    def text(self, captions: Sequence[str]) -> list[Mapping[str, Tensor]]:
         # The last letter stands for the end token, so that the empty caption has one, as in T5.
-        return [self.letters[[*(ord(c) % 127 for c in caption), 127]] for caption in captions]
+        return [{"text": self.letters[[*(ord(c) % 127 for c in caption), 127]]} for caption in captions]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -11,9 +11,11 @@ from torch import Tensor
 
 from tests.data.clips import TINY, Recipe, captioned, make_video
 from tests.data.conftest import ToyEncoders
-from weft.data.cache import LatentStore, LiveStore, MemoryStore, Store, open_store
+from weft.data.cache import LiveStore, MemoryStore, Store
+from weft.data.disk import LatentStore
 from weft.data.encoding import captions_of
 from weft.data.entries import ContentHashes
+from weft.data.stores import open_store
 from weft.data.survey import Survey
 from weft.data.video import VideoData
 from weft.errors import DataError
@@ -39,6 +41,10 @@ def store(folder: Path, survey: Survey) -> LatentStore:
 
 
 def silent(event: object) -> None: ...
+
+
+def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def never() -> ToyEncoders:
@@ -76,18 +82,20 @@ def test_disk_memory_and_no_cache_give_the_same_tensors(store, survey, encoders,
     for each in (store, memory, live):
         each.fill(lambda: encoders, silent)
     for clip in survey.usable:
-        assert store.latents(clip).dtype == torch.float32
-        assert torch.equal(store.latents(clip), memory.latents(clip))
-        assert torch.equal(store.latents(clip), live.latents(clip))
+        assert store.clip(clip)["latents"].dtype == torch.float32
+        assert same(store.clip(clip), memory.clip(clip))
+        assert same(store.clip(clip), live.clip(clip))
     for caption in captions_of(survey):
-        assert store.text(caption).dtype == torch.bfloat16 and len(store.text(caption)) == len(caption) + 1
-        assert torch.equal(store.text(caption), memory.text(caption))
-        assert torch.equal(store.text(caption), live.text(caption))
+        assert store.text(caption)["text"].dtype == torch.bfloat16
+        assert len(store.text(caption)["text"]) == len(caption) + 1
+        assert same(store.text(caption), memory.text(caption))
+        assert same(store.text(caption), live.text(caption))
 
 
 def test_the_empty_caption_is_encoded_not_zero(store, encoders):
     store.fill(lambda: encoders, silent)
-    assert store.text("").shape == (1, 6) and store.text("").abs().sum() > 0
+    empty = store.text("")["text"]
+    assert empty.shape == (1, 6) and empty.abs().sum() > 0
 
 
 def test_another_autoencoder_or_cut_finds_none_of_the_old_latents(store, data, encoders, folder, survey):
@@ -128,7 +136,7 @@ def emptied(path: Path) -> None:
 def reshaped(path: Path) -> None:
     from weft.data.entries import write_entry
 
-    write_entry(path, "latents", torch.zeros(4, 1, 2, 2), "of another shape")
+    write_entry(path, {"latents": torch.zeros(4, 1, 2, 2)}, "of another shape")
 
 
 @pytest.mark.parametrize("damage", [torn, emptied, reshaped])
@@ -137,12 +145,12 @@ def test_a_damaged_entry_is_counted_and_encoded_anew(
 ):
     store.fill(lambda: encoders, silent)
     clip = survey.train[0]
-    before = store.latents(clip)
+    before = store.clip(clip)
     damage(store.path_of(clip))
     assert store.status().missing == 1
     filled = store.fill(lambda: encoders, silent)
     assert (filled.damaged, filled.encoded) == (1, 1)
-    assert torch.equal(store.latents(clip), before)
+    assert same(store.clip(clip), before)
 
 
 def test_a_flipped_bit_is_found_when_the_entry_is_read_and_never_used(store, survey, encoders):
@@ -153,7 +161,7 @@ def test_a_flipped_bit_is_found_when_the_entry_is_read_and_never_used(store, sur
     content[-5] ^= 1
     path.write_bytes(content)
     with pytest.raises(DataError, match=rf"{clip.key}.*damaged and is now removed"):
-        store.latents(clip)
+        store.clip(clip)
     assert store.fill(lambda: encoders, silent).encoded == 1
 
 

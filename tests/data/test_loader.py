@@ -1,20 +1,27 @@
 """What training draws: padded batches in an order that a restart repeats, and the clips that are measured on."""
 
+import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Mapping
 from itertools import islice
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.data.clips import TINY, Recipe, captioned, make_video
 from tests.data.conftest import ToyEncoders
-from weft.contracts import Batch
-from weft.data.loader import VideoDataset, ahead, padded
+from tests.small import make_hunyuan, make_wan
+from weft.contracts import Batch, Encoders, ModelFamily
+from weft.data import cache
+from weft.data.loader import VideoDataset, cut, padded
+from weft.data.survey import Clip
 from weft.data.video import VideoData
 from weft.errors import DataError
+from weft.families.hunyuan_video import HunyuanVideo
+from weft.families.wan import Wan
 
 IDENTITY = {"network": "n", "latents": "vae-1", "text": "t5-1"}
 
@@ -43,7 +50,7 @@ def test_a_batch_holds_latents_padded_text_and_its_mask(data, encoders):
         assert batch["text"].shape == (size, max(lengths), 6) and batch["text"].dtype == torch.float32
         assert batch["text_mask"].dtype == torch.bool and batch["text_mask"].sum(1).tolist() == lengths
         assert (batch["text"][~batch["text_mask"]] == 0).all()
-        assert torch.equal(batch["text"][0, : lengths[0]], encoders.text([captions[batch.keys[0]]])[0].float())
+        assert torch.equal(batch["text"][0, : lengths[0]], encoders.text([captions[batch.keys[0]]])[0]["text"].float())
 
 
 def test_an_epoch_shows_every_clip_once(data, encoders):
@@ -71,10 +78,102 @@ def test_dropped_captions_are_the_encoded_empty_one_at_the_asked_share(data, enc
     batches = drawn(dataset, 0, 800)
     dropped = [batch for batch in batches if batch["text_mask"].shape[1] == 1]
     assert abs(len(dropped) / 800 - 0.25) < 0.046  # three standard deviations
-    empty = encoders.text([""])[0].float()
+    empty = encoders.text([""])[0]["text"].float()
     assert all(torch.equal(batch["text"][0], empty) for batch in dropped)
     assert {1, 0} == {int(drawn(opened(data, encoders, caption_dropout=p), 0, 1)[0]["text_mask"].shape[1] == 1)
                       for p in (0.0, 1.0)}  # fmt: skip
+
+
+def test_one_of_several_captions_is_drawn_and_validation_uses_the_first(tmp_path, encoders):
+    for name in ("a.mp4", "b.mp4"):
+        make_video(tmp_path / name)
+    rows = [{"video": name, "text": ["one", "three", "seven11"]} for name in ("a.mp4", "b.mp4")]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    fields = {"sources": [{"path": tmp_path / "m.jsonl"}], "buckets": {"sides": [64], "frames": [9]}}
+    data = VideoData.model_validate({**fields, "cache": "memory", "caption_dropout": 0, "validation_items": 1})
+    dataset = opened(data, encoders)
+    lengths = Counter(int(batch["text_mask"].sum()) for batch in drawn(dataset, 0, 300))
+    assert lengths.keys() == {3 + 1, 5 + 1, 7 + 1}
+    assert all(abs(count - 100) < 25 for count in lengths.values())  # three standard deviations
+    batches, _ = dataset.validation()
+    assert batches[0]["text_mask"].sum() == 3 + 1
+
+
+def test_the_asked_share_of_batches_is_cut_to_a_shorter_length_of_the_buckets(data, encoders):
+    whole, cut = (opened(data, encoders, random_frames=share, batch_size=1) for share in (0.0, 0.25))
+    pairs = list(zip(drawn(whole, 0, 800), drawn(cut, 0, 800), strict=True))
+    videos = [(one, other) for one, other in pairs if one["latents"].shape[2] == 3]  # 9 frames; images stay as they are
+    shorter = [other for one, other in videos if other["latents"].shape[2] == 2]  # 5 frames
+    assert abs(len(shorter) / len(videos) - 0.25) < 0.05  # three standard deviations
+    for one, other in pairs:
+        assert one.keys == other.keys
+        assert torch.equal(one["latents"][:, :, : other["latents"].shape[2]], other["latents"])
+
+
+def test_what_a_model_is_told_of_the_first_frame_is_kept_beside_the_latents_and_cut_alike(data):
+    class Told(ToyEncoders):
+        """Of the first frame its latents, over as many latent frames as the clip has; of the whole picture a vector."""
+
+        def given(self, pixels: Tensor) -> Mapping[str, Tensor]:
+            only_first = torch.cat([pixels[:, :, :1], torch.zeros_like(pixels[:, :, 1:])], 2)
+            return {"image": super().latents(only_first), "clip": pixels[:, :, 0].mean((2, 3)).bfloat16()}
+
+    for kind in ("disk", "memory", "off"):
+        for batch in drawn(opened(data, Told(), random_frames=1.0, cache=kind), 0, 5):
+            assert batch["image"].shape == batch["latents"].shape
+            assert torch.allclose(batch["image"][:, :, 0], batch["latents"][:, :, 0])
+            assert batch["clip"].shape == (len(batch.keys), 3) and batch["clip"].dtype == torch.float32
+
+
+def on_cpu(family: ModelFamily) -> Encoders:
+    return family.encoders(torch.device("cpu"), lambda module: module)
+
+
+def pixels_of_13_frames() -> Tensor:
+    return torch.rand(1, 3, 13, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.mark.parametrize("kind", ["t2v", "i2v22", "ti2v"])
+def test_the_first_latents_of_a_clip_equal_the_encoding_of_the_shorter_clip(tmp_path, kind):
+    family = Wan.model_validate({"source": str(make_wan(tmp_path / kind, kind=kind))})
+    assert family.geometry().causal
+    wan, pixels = on_cpu(family), pixels_of_13_frames()
+    with torch.no_grad():
+        whole = {"latents": wan.latents(pixels), **wan.given(pixels)}
+        for frames in (1, 5, 9):
+            shorter = {"latents": wan.latents(pixels[:, :, :frames]), **wan.given(pixels[:, :, :frames])}
+            first = {name: cut({name: tensor[0]}, shorter[name].shape[2])[name] for name, tensor in whole.items()}
+            for name in whole:
+                torch.testing.assert_close(first[name], shorter[name][0], rtol=0, atol=1e-6)  # rounding of fp32
+
+
+def test_a_family_whose_first_latents_depend_on_later_frames_says_so(tmp_path):
+    family = HunyuanVideo.model_validate({"source": str(make_hunyuan(tmp_path / "hunyuan"))})
+    hunyuan, pixels = on_cpu(family), pixels_of_13_frames()
+    with torch.no_grad():
+        whole, shorter = hunyuan.latents(pixels), hunyuan.latents(pixels[:, :, :5])
+    assert (whole[:, :, :2] - shorter).abs().max() > 1e-3
+    assert not family.geometry().causal
+
+
+def test_the_next_batches_are_decoded_at_once_when_nothing_is_cached(data, encoders, monkeypatch):
+    at_once, most, lock = 0, 0, threading.Lock()
+    read = cache.clip_pixels
+
+    def counted(clip: Clip, fps: float) -> Tensor:
+        nonlocal at_once, most
+        with lock:
+            at_once, most = at_once + 1, max(most, at_once + 1)
+        time.sleep(0.02)
+        found = read(clip, fps)
+        with lock:
+            at_once -= 1
+        return found
+
+    monkeypatch.setattr(cache, "clip_pixels", counted)
+    batches = drawn(opened(data, encoders, cache="off", workers=3), 0, 10)
+    assert most == 3
+    assert all(equal(a, b) for a, b in zip(batches, drawn(opened(data, encoders, cache="memory"), 0, 10), strict=True))
 
 
 def test_every_kind_of_cache_trains_on_the_same_batches(data, encoders):
@@ -140,48 +239,3 @@ def test_texts_are_padded_with_zeros_to_the_longest():
     text, mask = padded([torch.ones(2, 3), torch.full((4, 3), 2.0)])
     assert text.shape == (2, 4, 3) and text[0, 2:].abs().sum() == 0
     assert mask.tolist() == [[True, True, False, False], [True] * 4]
-
-
-# ---- The thread ---------------------------------------------------------------------------------------------------
-
-
-def counted(made: list[int], last: int = 10_000) -> Iterator[Batch]:
-    for i in range(last):
-        made.append(i)
-        yield Batch({}, (str(i),))
-
-
-def loader_threads() -> int:
-    return sum(thread.name == "weft-loader" for thread in threading.enumerate())
-
-
-def test_a_few_batches_are_made_ahead_and_no_more():
-    made: list[int] = []
-    batches = ahead(counted(made), 3)
-    assert next(batches).keys == ("0",)
-    time.sleep(0.3)
-    assert 4 <= len(made) <= 5  # taken: one; waiting: three; one more in the hand of the thread
-    batches.close()
-
-
-def test_a_stream_that_is_left_early_ends_its_thread():
-    before = loader_threads()
-    batches = ahead(counted([]), 2)
-    next(batches)
-    batches.close()
-    assert loader_threads() == before
-
-
-def test_what_fails_in_the_thread_is_raised_after_the_batches_before_it():
-    def failing() -> Iterator[Batch]:
-        yield Batch({}, ("0",))
-        raise DataError("clip 1 is gone")
-
-    batches = ahead(failing(), 2)
-    assert next(batches).keys == ("0",)
-    with pytest.raises(DataError, match="clip 1 is gone"):
-        next(batches)
-
-
-def test_a_stream_that_ends_ends():
-    assert len(list(ahead(counted([], last=5), 2))) == 5

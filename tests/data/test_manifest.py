@@ -18,18 +18,18 @@ def touch(folder: Path, *names: str) -> None:
 def test_a_folder_is_read_to_its_depth_in_sorted_order_without_hidden_files(tmp_path):
     touch(tmp_path, "b.mp4", "a/z.PNG", "a/c.webm", ".hidden.mp4", "notes.md")
     (tmp_path / "b.txt").write_text("  a bee \n")
-    entries = read_source(tmp_path)
-    assert [(e.key, e.media, e.caption) for e in entries] == [
-        ("a/c.webm", "video", None),
-        ("a/z.PNG", "image", None),
-        ("b.mp4", "video", "a bee"),
+    entries = read_source(tmp_path).entries
+    assert [(e.key, e.media, e.captions) for e in entries] == [
+        ("a/c.webm", "video", ()),
+        ("a/z.PNG", "image", ()),
+        ("b.mp4", "video", ("a bee",)),
     ]
 
 
 def test_the_captions_ending_can_be_chosen(tmp_path):
     touch(tmp_path, "b.mp4")
     (tmp_path / "b.caption").write_text("a bee")
-    assert read_source(tmp_path, ".caption")[0].caption == "a bee"
+    assert read_source(tmp_path, ".caption").entries[0].captions == ("a bee",)
 
 
 @pytest.mark.parametrize(("path", "caption"), [("file_path", "text"), ("video", "caption"), ("video_path", "prompt")])
@@ -40,8 +40,8 @@ def test_the_keys_of_other_trainers_are_understood(tmp_path, path, caption):
     (tmp_path / "m.csv").write_text(f"{path},{caption}\nclips/a.mp4,a bee\n")
     (tmp_path / "m.json").write_text(f"[{row}]")
     for name in ("m.jsonl", "m.csv", "m.json"):
-        (entry,) = read_source(tmp_path / name)
-        assert (entry.key, entry.caption, entry.path) == ("clips/a.mp4", "a bee", tmp_path / "clips/a.mp4")
+        (entry,) = read_source(tmp_path / name).entries
+        assert (entry.key, entry.captions, entry.path) == ("clips/a.mp4", ("a bee",), tmp_path / "clips/a.mp4")
 
 
 def test_a_list_of_videox_with_types_and_sizes_is_understood(tmp_path):
@@ -51,16 +51,40 @@ def test_a_list_of_videox_with_types_and_sizes_is_understood(tmp_path):
         {"file_path": "b.bin", "text": "two", "type": "image"},
     ]
     (tmp_path / "metadata.json").write_text(json.dumps(rows, indent=1))
-    assert [e.media for e in read_source(tmp_path / "metadata.json")] == ["video", "image"]
+    assert [e.media for e in read_source(tmp_path / "metadata.json").entries] == ["video", "image"]
 
 
 def test_a_file_that_is_not_there_is_named_with_its_line(tmp_path):
     (tmp_path / "m.jsonl").write_text('\n{"video": "clips/7.mp4", "text": "x"}\n')
-    (entry,) = read_source(tmp_path / "m.jsonl")
+    (entry,) = read_source(tmp_path / "m.jsonl").entries
     assert entry.problem == (
         f"{tmp_path / 'm.jsonl'}, line 2: 'video' is clips/7.mp4, and there is no such file. "
         "Paths count from the manifest's folder."
     )
+
+
+def test_paths_can_count_from_elsewhere(tmp_path):
+    touch(tmp_path, "videos/a.mp4")
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "m.jsonl").write_text('{"video": "a.mp4"}\n{"video": "b.mp4"}')
+    here, lost = read_source(tmp_path / "lists" / "m.jsonl", root=tmp_path / "videos").entries
+    assert (here.key, here.path, here.problem) == ("a.mp4", tmp_path / "videos" / "a.mp4", "")
+    assert f"Paths count from the source's root, {tmp_path / 'videos'}." in lost.problem
+
+
+def test_a_clip_may_have_several_captions(tmp_path):
+    touch(tmp_path, "a.mp4")
+    (tmp_path / "m.jsonl").write_text('{"video": "a.mp4", "text": ["a bee", " a fly ", ""]}')
+    assert read_source(tmp_path / "m.jsonl").entries[0].captions == ("a bee", "a fly")
+    (tmp_path / "m.jsonl").write_text('{"video": "a.mp4", "text": ["a bee", 7]}')
+    with pytest.raises(DataError, match=r"line 1: 'text' is 7\. Expected a string"):
+        read_source(tmp_path / "m.jsonl")
+
+
+def test_one_kind_can_be_taken_from_a_mixed_source(tmp_path):
+    touch(tmp_path, "a.mp4", "b.png")
+    assert [entry.key for entry in read_source(tmp_path, only="image").entries] == ["b.png"]
+    assert [entry.key for entry in read_source(tmp_path, only="video").entries] == ["a.mp4"]
 
 
 def test_all_problems_of_a_manifest_are_told_at_once_with_their_lines(tmp_path):

@@ -1,5 +1,7 @@
 """Reading by time, cutting to a shape, and telling what is wrong with a file, all on files made on the spot."""
 
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.data.clips import Recipe, cut_off, make_image, make_video, numbered, numbers_of
-from weft.data.media import Cut, contact_sheet, probe_image, probe_video, read_image, read_video, write_video
+from weft.data.media import Cut, contact_sheet, probe_image, probe_video, read_cuts, read_image, read_video, write_video
 from weft.errors import DataError
 
 
@@ -54,6 +56,44 @@ def test_more_frames_than_there_are_is_an_error_not_a_repetition(tmp_path):
     clip = make_video(tmp_path / "clip.mp4", Recipe(frames=9))
     with pytest.raises(DataError, match=r"ends after 9 of 13 frames at 16 fps"):
         read_video(clip, square(13, 16))
+
+
+# ---- Windows ------------------------------------------------------------------------------------------------------
+
+
+def test_a_window_begins_where_it_is_told(tmp_path):
+    clip = make_video(tmp_path / "clip.mp4", Recipe(frames=21, fps=16))
+    assert numbers_of(read_video(clip, replace(square(5, 16), start=7))) == [7, 8, 9, 10, 11]
+
+
+def test_a_stride_takes_the_frames_at_every_so_manieth_time(tmp_path):
+    clip = make_video(tmp_path / "clip.mp4", Recipe(frames=30, fps=30))
+    assert probe_video(clip).frames_at_rate(Fraction(16, 3)) == 6
+    at_16 = [i * 30 // 16 for i in range(16)]
+    assert numbers_of(read_video(clip, replace(square(4, 16), stride=3, start=1))) == at_16[3:13:3]
+
+
+def test_a_declared_rate_replaces_the_files_timestamps(tmp_path):
+    clip = make_video(tmp_path / "clip.mp4", Recipe(frames=16, fps=60))
+    assert probe_video(clip).declared(32).frames_at(16) == 8
+    assert numbers_of(read_video(clip, replace(square(8, 16), declared_fps=32))) == [0, 2, 4, 6, 8, 10, 12, 14]
+
+
+def test_windows_of_one_reading_equal_those_of_readings_of_their_own(tmp_path):
+    clip = make_video(tmp_path / "clip.mp4", Recipe(frames=31, fps=30))
+    cuts = [Cut(16, 5, 64, 64, start=8), Cut(16, 9, 64, 64), Cut(16, 5, 32, 48, start=11), Cut(16, 9, 64, 64, start=4)]
+    together = dict(read_cuts(clip, cuts))
+    assert [place for place, _ in read_cuts(clip, cuts)] == [1, 3, 0, 2]  # by their ends, then by their beginnings
+    for place, cut in enumerate(cuts):
+        assert np.array_equal(together[place], read_video(clip, cut))
+
+
+def test_a_clip_that_ends_early_gives_the_windows_before(tmp_path):
+    clip = make_video(tmp_path / "clip.mp4", Recipe(frames=12))
+    reading = read_cuts(clip, [square(5, 16), replace(square(5, 16), start=8)])
+    assert next(reading)[0] == 0
+    with pytest.raises(DataError, match=r"ends after 12 of 13 frames at 16 fps"):
+        next(reading)
 
 
 # ---- The picture --------------------------------------------------------------------------------------------------

@@ -2,12 +2,17 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from pydantic import ValidationError
 
 from tests.data.clips import WAN, Recipe, captioned, cut_off, make_image, make_video
 from weft.data.buckets import Bucket
+from weft.data.encoding import clip_pixels, pixels_of
+from weft.data.filling import by_file
 from weft.data.survey import Survey
 from weft.data.video import VideoData
 from weft.errors import ConfigError, DataError
@@ -124,6 +129,90 @@ def test_validation_sources_are_never_trained_on_and_a_leak_is_told(clips, tmp_p
     assert "trained on" in validation["square_0.mp4#2"] and "trained on" not in validation["own.mp4"]
 
 
+def test_all_windows_of_a_held_out_clip_leave_training(clips):
+    extraction = {"kind": "slide", "step": 1}
+    survey = surveyed(clips, validation_items=2, extraction=extraction, buckets={"sides": [64], "frames": [5]})
+    assert len({clip.name for clip in survey.validation}) == 2
+    assert not {clip.name for clip in survey.validation} & {clip.name for clip in survey.train}
+
+
+def test_a_file_that_stands_in_two_sources_is_held_out_of_both(clips):
+    own = {"sides": [32], "frames": [5]}
+    sources = [{"path": clips}, {"path": clips, "buckets": own, "stride": 2}]
+    survey = surveyed(clips, sources=sources, validation_items=3)
+    assert len({clip.path for clip in survey.validation}) == 3
+    assert not {clip.path for clip in survey.validation} & {clip.path for clip in survey.train}
+
+
+def test_shares_divide_the_items_and_measure_on_the_same(clips):
+    whole = surveyed(clips, validation_items=2)
+    shares = [surveyed(clips, validation_items=2, share=[i, 3]) for i in range(3)]
+    keys = [[clip.key for clip in survey.train] for survey in shares]
+    assert [len(own) for own in keys] == [2, 2, 2]
+    assert sorted(key for own in keys for key in own) == sorted(clip.key for clip in whole.train)
+    assert all(survey.validation == whole.validation for survey in shares)
+    assert all(len(survey.usable) == 2 + 2 for survey in shares)  # what its cache holds
+
+
+def test_a_share_counts_from_0(clips):
+    with pytest.raises(ValidationError, match="i is below n"):
+        surveyed(clips, share=[2, 2])
+
+
+def test_a_share_of_nothing_says_so(tmp_path):
+    captioned(make_video(tmp_path / "a.mp4"))
+    with pytest.raises(DataError, match=r"go to other shares"):
+        surveyed(tmp_path, share=[1, 2]).refuse_when_unusable(0)
+
+
+def test_more_dropped_clips_than_tolerated_are_refused_with_their_reasons(tmp_path):
+    captioned(make_video(tmp_path / "a.mp4"))
+    captioned(make_video(tmp_path / "b.mp4", Recipe(frames=3)))
+    surveyed(tmp_path).refuse_when_unusable(0)
+    surveyed(tmp_path, dropped=1).refuse_when_unusable(0)
+    with pytest.raises(
+        DataError, match=r"1 of 2 clips are dropped, more than data\.dropped \(0\)\..*\n  b\.mp4: It has 3"
+    ):
+        surveyed(tmp_path, dropped=0).refuse_when_unusable(0)
+
+
+def test_clips_that_are_too_short_can_be_refused_while_others_may_be_dropped(tmp_path):
+    captioned(make_video(tmp_path / "a.mp4"))
+    captioned(make_image(tmp_path / "tiny.png", 8, 8))
+    surveyed(tmp_path, too_short="error").refuse_when_unusable(0)
+    captioned(make_video(tmp_path / "b.mp4", Recipe(frames=3)))
+    with pytest.raises(DataError, match=r"1 of 3 clips are too short.*\n  b\.mp4"):
+        surveyed(tmp_path, too_short="error").refuse_when_unusable(0)
+
+
+def test_cutting_batches_is_refused_where_later_frames_count_or_nothing_is_shorter(tmp_path):
+    captioned(make_video(tmp_path / "a.mp4"))
+    fields = {"sources": [{"path": tmp_path}], "random_frames": 0.5}
+    data = VideoData.model_validate({**fields, "buckets": {"sides": [64], "frames": [5, 9]}})
+    assert data.survey(WAN).latent_frames == (2, 3)
+    with pytest.raises(ConfigError, match=r"data\.random_frames: this model's autoencoder looks at later frames"):
+        data.survey(replace(WAN, causal=False))
+    single = VideoData.model_validate({**fields, "buckets": {"sides": [64], "frames": [9]}})
+    with pytest.raises(ConfigError, match="nothing is shorter"):
+        single.survey(WAN)
+
+
+def test_a_source_without_buckets_needs_those_of_the_section(tmp_path):
+    with pytest.raises(ValidationError, match=r"data\.sources\.1 has none of its own"):
+        own = {"sides": [64], "frames": [9]}
+        VideoData.model_validate({"sources": [{"path": tmp_path, "buckets": own}, {"path": tmp_path}]})
+
+
+def test_keys_of_other_trainers_that_are_not_used_are_noticed(tmp_path):
+    make_video(tmp_path / "a.mp4")
+    row = '{"file_path": "a.mp4", "text": "x", "type": "video", "control_file_path": "c.mp4"}'
+    (tmp_path / "metadata.json").write_text(f"[{row}]")
+    survey = surveyed(tmp_path / "metadata.json")
+    assert [clip.key for clip in survey.train] == ["a.mp4"]
+    (notice,) = survey.notices
+    assert notice.endswith("line 1: 'control_file_path' is not used: Weft trains without control signals.")
+
+
 def test_shapes_that_the_model_cannot_take_are_refused_before_any_clip_is_read(tmp_path):
     with pytest.raises(ConfigError) as caught:
         surveyed(tmp_path / "nowhere", buckets={"sizes": [[850, 480]], "frames": [48, 81]})
@@ -153,3 +242,26 @@ def test_real_clips_of_five_shapes_and_three_rates_find_their_buckets():
         "press": "81x384x672",
     }
     survey.refuse_when_unusable(0)
+
+
+@pytest.mark.realdata
+@pytest.mark.skipif(not REAL.exists(), reason="no folder of real clips beside the checkout")
+def test_real_clips_give_windows_up_to_their_ends_at_their_own_rates():
+    buckets = {"sides": [256], "frames": [33]}
+    survey = surveyed(REAL, buckets=buckets, extraction={"kind": "uniform", "count": 3})
+    starts = {
+        clip.key.split("_")[0]: clip.start for clip in survey.clips
+    }  # of the last window: frames at 16 fps less 33
+    assert starts == {"hiker": 98 - 33, "pose": 82 - 33, "dog": 81 - 33, "drawing": 80 - 33, "press": 146 - 33}
+    slow = surveyed(REAL, buckets=buckets, sources=[{"path": REAL, "stride": 2}])
+    assert [clip.frames_at_fps for clip in slow.clips] == [49, 41, 41, 40, 57, 73]  # half, rounded up
+
+
+@pytest.mark.realdata
+@pytest.mark.skipif(not REAL.exists(), reason="no folder of real clips beside the checkout")
+def test_windows_of_real_clips_read_at_once_equal_those_read_alone():
+    buckets = {"sides": [96], "frames": [17]}
+    survey = surveyed(REAL, buckets=buckets, extraction={"kind": "slide", "step": 23})
+    for items in by_file(survey.usable)[:3]:
+        for clip, pixels in pixels_of(items, survey.fps):
+            assert torch.equal(pixels, clip_pixels(clip, survey.fps))

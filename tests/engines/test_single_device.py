@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.testing import assert_close
 
-from tests.learners import Given, batch_of, learner_of, small_config, weights
+from tests.learners import ROLE, Given, batch_of, learner_of, small_config, weights
 from weft.contracts import Batch, NoState
+from weft.engines.residency import Residence
 from weft.engines.single import Single
 from weft.engines.single_device import SingleEngine
 from weft.errors import ConfigError
-from weft.objectives.flow_matching import ROLE
 
 CPU = torch.device("cpu")
 # To torch a device with an index is another device, so that a copy is made on a CPU too.
@@ -22,7 +22,7 @@ ELSEWHERE = torch.device("cpu", 0)
 
 
 def engine(precision: str = "fp32", recompute: bool = False, verify: bool = False) -> SingleEngine:
-    return SingleEngine(CPU, precision, recompute, verify)
+    return SingleEngine(CPU, precision, Residence(recompute=recompute, verified=verify))
 
 
 def moved_by(gradient: list[float], max_norm: float, on: SingleEngine | None = None) -> tuple[Tensor, Any]:
@@ -132,11 +132,11 @@ def test_the_loss_scale_goes_into_a_checkpoint_and_back():
 @pytest.mark.parametrize("verify", [False, True])
 def test_a_placed_network_answers_as_before_and_adapters_keep_their_parameters(model, tmp_path, verify):
     learner, batch = learner_of(small_config(tmp_path, model)), batch_of(1)
-    ask: Callable[[], Tensor] = lambda: Given().measure(learner.model, batch, 0.5, 0)  # noqa: E731
+    ask: Callable[[], Tensor] = lambda: Given().measure(learner.model, batch, "default", 0.5, 0)  # noqa: E731
     expected, parameters = ask(), weights(learner)
     learner.model.network.register_buffer("counter", torch.arange(3))
     network = learner.model.network
-    SingleEngine(ELSEWHERE, "fp32", False, verify).place(network, learner.model.family.blocks(network))
+    SingleEngine(ELSEWHERE, "fp32", Residence(verified=verify)).place(network, learner.model.family.blocks(network))
     assert torch.equal(ask(), expected)
     assert all(weights(learner)[name] is p for name, p in parameters.items())
     assert torch.equal(network.counter, torch.arange(3))
@@ -145,7 +145,7 @@ def test_a_placed_network_answers_as_before_and_adapters_keep_their_parameters(m
 @pytest.mark.parametrize("verify", [False, True])
 def test_a_batch_is_put_on_the_device_with_its_keys(verify):
     batch = Batch({"latents": torch.randn(2, 3), "text_mask": torch.tensor([[True], [False]])}, ("a", "b"))
-    put = SingleEngine(ELSEWHERE, "fp32", False, verify).put(batch)
+    put = SingleEngine(ELSEWHERE, "fp32", Residence(verified=verify)).put(batch)
     assert put.keys == ("a", "b")
     assert all(torch.equal(put[name], tensor) for name, tensor in batch.tensors.items())
 

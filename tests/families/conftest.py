@@ -1,17 +1,25 @@
-"""A small Wan folder with an untrained autoencoder whose constants are known."""
+"""Small Wan and HunyuanVideo folders, made once; of one the autoencoder's constants are known."""
 
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from torch import Tensor
 
-from tests.small import make_wan
+from tests.small import make_hunyuan, make_wan
 from weft.families.wan import Wan
 
 MEAN = tuple(0.1 * c - 0.7 for c in range(16))
 STD = tuple(0.5 + 0.1 * c for c in range(16))
+
+
+def stay(tensor: Tensor, block: int | None, blocks: int) -> Tensor:
+    """A Put that leaves tensors where they were read."""
+    return tensor
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +44,15 @@ def wan(folder: Path) -> Wan:
 def own(folder: Path, tmp_path: Path) -> Path:
     """A copy of the folder that a test may damage."""
     return Path(shutil.copytree(folder, tmp_path / "wan-small"))
+
+
+@pytest.fixture(scope="session")
+def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a kind of Wan: t2v, i2v21, i2v22, ti2v, experts, i2v-experts."""
+    root = tmp_path_factory.mktemp("kinds")
+    return cache(lambda kind: make_wan(root / kind, kind=kind))
+
+
+@pytest.fixture(scope="session")
+def hunyuan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_hunyuan(tmp_path_factory.mktemp("hunyuan") / "hunyuan-small")

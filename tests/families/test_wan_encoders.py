@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 
 from tests.families.conftest import MEAN, STD
 from weft.families.wan import Wan
-from weft.families.wan_network import WanEncoders, clean_prompt
+from weft.families.wan_encoders import WanEncoders, clean_prompt
 
 CPU = torch.device("cpu")
 MEAN_C, STD_C = (torch.tensor(values).view(1, 16, 1, 1, 1) for values in (MEAN, STD))
@@ -42,21 +42,22 @@ def test_text_cut_to_its_length_and_padded_with_zeros_is_what_diffusers_encodes(
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     pipeline = WanPipeline(tokenizer, text_model, vae=None, scheduler=None)
     theirs, _ = pipeline.encode_prompt(CAPTIONS, do_classifier_free_guidance=False, max_sequence_length=64, device=CPU)
-    for ours, expected in zip(exact.text(CAPTIONS), theirs, strict=True):
+    for told, expected in zip(exact.text(CAPTIONS), theirs, strict=True):
+        ours = told["text"]
         padded = torch.cat([ours, ours.new_zeros(64 - len(ours), ours.shape[1])])
         assert not expected[len(ours) :].any()
         assert_close(padded, expected, rtol=0, atol=1e-5)  # fp32 rounding
 
 
 def test_text_ends_where_its_tokens_end_and_at_the_limit(encoders):
-    lengths = [len(states) for states in encoders.text(CAPTIONS)]
+    lengths = [len(told["text"]) for told in encoders.text(CAPTIONS)]
     assert lengths[1] == 1 and lengths[3] == 64
     assert 1 < lengths[0] < 64
 
 
 def test_the_empty_prompt_is_an_encoded_end_token_and_not_zeros(encoders):
-    (empty,) = encoders.text([""])
-    (space,) = encoders.text(["  \n "])
+    (empty,) = (told["text"] for told in encoders.text([""]))
+    (space,) = (told["text"] for told in encoders.text(["  \n "]))
     end = encoders.text_model(torch.tensor([[encoders.tokenizer.eos_token_id]])).last_hidden_state[0]
     assert empty.shape == (1, 128) and empty.abs().max() > 0
     assert_close(empty, end, rtol=0, atol=5e-3)  # fp16, alone and among 63 masked tokens
@@ -79,7 +80,7 @@ def test_prompts_are_cleaned_of_entities_mojibake_and_whitespace_as_diffusers_do
 
 def test_a_caption_is_cleaned_before_it_is_encoded(encoders):
     dirty, clean = encoders.text(["a  red &amp;\n blue circle", "a red & blue circle"])
-    assert torch.equal(dirty, clean)
+    assert torch.equal(dirty["text"], clean["text"])
 
 
 @torch.no_grad()
@@ -114,3 +115,15 @@ def test_both_encoders_are_frozen_and_the_vae_is_fp32(encoders):
     parameters = [*encoders.vae.parameters(), *encoders.text_model.parameters()]
     assert not any(p.requires_grad for p in parameters)
     assert {p.dtype for p in encoders.vae.parameters()} == {torch.float32}
+
+
+@torch.no_grad()
+def test_tiling_is_the_autoencoders_own_and_another_identity(folder, encoders, pixels):
+    """Frames larger than a tile, 256 pixels a side, are encoded in several."""
+    tiled = Wan(source=str(folder), vae_tiling=True)
+    large = torch.nn.functional.interpolate(pixels, size=(5, 272, 16))
+    parts = tiled.encoders(CPU, lambda module: module)
+    assert parts.vae.use_tiling and not encoders.vae.use_tiling
+    whole, by_tiles = encoders.latents(large), parts.latents(large)
+    assert whole.shape == by_tiles.shape and not torch.equal(whole, by_tiles)
+    assert tiled.identity()["latents"] != Wan(source=str(folder)).identity()["latents"]

@@ -123,7 +123,8 @@ def test_folders_that_hold_no_adapter_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"peft_type": "LOKR"}, "holds a LOKR adapter"),
+        ({"peft_type": "BOFT"}, "holds a BOFT adapter; Weft reads LORA, LOHA, LOKR, OFT"),
+        ({"peft_type": "LOKR"}, "holds 4 tensors that are no lokr weights"),
         ({"modules_to_save": ["proj_out"]}, "modules_to_save"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa"),
     ],

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tests.learners import learner_of, small_config
 from tests.small import make_wan
-from weft.contracts import Denoise, Model
+from weft.contracts import DEFAULT, Denoise, Expert, Model
 from weft.run.learner import Learner
 
 
@@ -20,6 +20,8 @@ class Asked:
     """A family whose velocity is zero everywhere."""
 
     questions: list[Denoise] = field(default_factory=list)
+    image: Any = "none"
+    experts: tuple[Expert, ...] = (DEFAULT,)
 
     def forward(self, call: Callable[..., Any], inputs: Denoise) -> Tensor:
         self.questions.append(inputs)

@@ -9,10 +9,10 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.learners import batch_of, parts
+from tests.learners import ROLE, batch_of, parts
 from weft.contracts import Batch, Denoise, NoState, Rng
 from weft.math.chance import generator
-from weft.objectives.flow_matching import ROLE, FlowMatching, LogitNormal, Shift, Sigmoid, Uniform
+from weft.objectives.flow_matching import FlowMatching, LogitNormal, Question, Shift, Sigmoid, Uniform
 
 DENSITIES = [Uniform(), Sigmoid(scale=1.3), LogitNormal(mean=0.5), Shift(shift=5.0), Shift(shift=12.0, scale=None)]
 
@@ -73,14 +73,14 @@ def test_the_target_is_the_velocity_at_every_time_not_the_noise_and_not_the_data
     batch, noise = small_batch(1), torch.randn(1, 1, 1, 2, 2, generator=torch.Generator().manual_seed(8))
     expected = (noise - batch["latents"]).square().mean()[None]
     for t in (0.0, 0.3, 1.0):
-        assert_close(FlowMatching().errors(zero, batch, noise, torch.tensor([t])), expected)
+        assert_close(FlowMatching().errors(zero, batch, Question(noise, torch.tensor([t]), ROLE)), expected)
 
 
 def test_half_precision_latents_keep_an_fp32_sigma_and_an_fp32_loss(zero, asked):
     batch = small_batch(1)
     half = Batch({**batch.tensors, "latents": batch["latents"].bfloat16()}, batch.keys)
     noise, t = torch.ones(1, 1, 1, 2, 2), torch.tensor([0.8333])  # 0.832 in bf16
-    error = FlowMatching().errors(zero, half, noise, t)
+    error = FlowMatching().errors(zero, half, Question(noise, t, ROLE))
     assert error.dtype == asked.questions[0].x.dtype == torch.float32
     assert_close(asked.questions[0].x, 0.1667 * half["latents"].float() + 0.8333, rtol=0, atol=1e-5)
 
@@ -88,8 +88,10 @@ def test_half_precision_latents_keep_an_fp32_sigma_and_an_fp32_loss(zero, asked)
 def test_the_error_of_an_item_does_not_depend_on_its_neighbours(learner):
     batch = batch_of(2)
     with learner.model.adapters.use(ROLE), torch.no_grad():
-        both = FlowMatching().errors(learner.model, batch, batch["noise"], batch["t"])
-        alone = [FlowMatching().errors(learner.model, b, b["noise"], b["t"]) for b in parts(batch, 1, 1)]
+        both = FlowMatching().errors(learner.model, batch, Question(batch["noise"], batch["t"], ROLE))
+        alone = [
+            FlowMatching().errors(learner.model, b, Question(b["noise"], b["t"], ROLE)) for b in parts(batch, 1, 1)
+        ]
     assert_close(both, torch.cat(alone))
 
 
@@ -134,10 +136,10 @@ def test_the_weight_of_its_time_multiplies_each_items_error_and_is_kept_out_of_t
 def test_a_measure_repeats_bit_by_bit_whatever_chance_did_in_between(learner):
     batch = batch_of(2)
     with learner.model.adapters.use(ROLE):
-        first = FlowMatching().measure(learner.model, batch, 0.3, 0)
+        first = FlowMatching().measure(learner.model, batch, ROLE, 0.3, 0)
         torch.manual_seed(123)
         torch.rand(7)
-        again = FlowMatching().measure(learner.model, batch, 0.3, 0)
+        again = FlowMatching().measure(learner.model, batch, ROLE, 0.3, 0)
     assert torch.equal(first, again) and not first.requires_grad
     assert first.shape == (2,) and first.dtype == torch.float32
 
@@ -145,9 +147,9 @@ def test_a_measure_repeats_bit_by_bit_whatever_chance_did_in_between(learner):
 def test_an_item_is_measured_on_the_same_noise_in_any_batch(zero, asked):
     batch = small_batch(3)
     first, *others = parts(batch, 1, 2)
-    FlowMatching().measure(zero, batch, 1.0, 5)
+    FlowMatching().measure(zero, batch, ROLE, 1.0, 5)
     for part in (first, *others):
-        FlowMatching().measure(zero, part, 1.0, 5)
+        FlowMatching().measure(zero, part, ROLE, 1.0, 5)
     whole, *cut = [question.x for question in asked.questions]  # at time 1 x is the noise
     assert torch.equal(whole, torch.cat(cut))
     assert not torch.equal(whole[0], whole[1])
@@ -156,8 +158,8 @@ def test_an_item_is_measured_on_the_same_noise_in_any_batch(zero, asked):
 def test_a_measure_is_the_error_at_its_time_and_another_seed_is_other_noise(zero, asked):
     batch = small_batch(1)
     noise = torch.randn(1, 1, 2, 2, generator=generator("cpu", 5, "validation", "0"))
-    assert_close(FlowMatching().measure(zero, batch, 0.3, 5), (noise - batch["latents"]).square().mean()[None])
-    FlowMatching().measure(zero, batch, 0.3, 6)
+    assert_close(FlowMatching().measure(zero, batch, ROLE, 0.3, 5), (noise - batch["latents"]).square().mean()[None])
+    FlowMatching().measure(zero, batch, ROLE, 0.3, 6)
     assert isinstance(asked.questions[0], Denoise) and asked.times.tolist() == pytest.approx([0.3, 0.3])
     assert not torch.equal(asked.questions[0].x, asked.questions[1].x)
 

@@ -44,7 +44,11 @@ def test_a_run_starts_from_an_adapter_at_the_strength_that_it_had(plain, trained
 
 
 @pytest.mark.parametrize(
-    ("adapter", "told"), [({"rank": 8}, "has rank 4, the config 8"), ({"targets": "ffn"}, "differ in .* layers")]
+    ("adapter", "told"),
+    [
+        ({"rank": 8}, r"of kind lora and rank 4, which the config cannot continue\. Write adapter\.rank=4"),
+        ({"targets": "ffn"}, "differ in .* layers"),
+    ],
 )
 def test_an_adapter_that_does_not_fit_is_refused_before_weights_are_read(plain, trained, adapter, told):
     with pytest.raises(ConfigError, match=told):

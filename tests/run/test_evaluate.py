@@ -6,10 +6,9 @@ from statistics import mean, stdev
 import pytest
 import torch
 
-from tests.learners import batch_of, frozen, learner_of, parts, small_config, trained, weights
+from tests.learners import ROLE, batch_of, frozen, learner_of, parts, small_config, trained, weights
 from tests.run.test_resume import silent
 from tests.small import config_of
-from weft.objectives.flow_matching import ROLE
 from weft.run.evaluate import Evaluator, averaged
 from weft.run.learner import Learner
 from weft.run.listeners import read_steps
@@ -39,7 +38,7 @@ def by_hand(learner: Learner, role: str | None) -> list[list[float]]:
     rows = []
     for batch in parts(ITEMS, 2, 1):
         with learner.model.adapters.use(role):
-            at = [learner.objective.measure(learner.model, batch, time, 11).tolist() for time in TIMES]  # type: ignore[attr-defined]
+            at = [learner.objective.measure(learner.model, batch, ROLE, time, 11).tolist() for time in TIMES]  # type: ignore[attr-defined]
         rows += [list(item) for item in zip(*at, strict=True)]
     return rows
 

@@ -14,13 +14,13 @@ class RankOf(SingleEngine):
     """An engine that says it is one of several."""
 
     def __init__(self, rank: int, world: int) -> None:
-        super().__init__(torch.device("cpu"), "fp32", False, False)
+        super().__init__(torch.device("cpu"), "fp32")
         self.rank, self.world = rank, world  # type: ignore[misc]
 
 
 def at(step: int = 3, drawn: int = 5, rank: int = 0, world: int = 1, seed: int = 7, phase: str = "train") -> Rng:
-    learner = Learner(None, None, None, RankOf(rank, world), {}, seed, step=step, drawn=drawn)  # type: ignore[arg-type]
-    return learner.rng(phase)
+    learner = Learner(None, None, None, RankOf(rank, world), {}, seed, None, step=step, drawn=drawn)  # type: ignore[arg-type]
+    return learner.rng(phase, drawn - 1)
 
 
 def own(rng: Rng) -> float:

@@ -1,4 +1,4 @@
-"""Samples are what diffusers' own pipeline makes of the same noise, text, steps and adapter."""
+"""Samples are what diffusers' own pipeline makes of the same noise, told, steps and adapter."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,15 +10,14 @@ from diffusers import WanPipeline
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.learners import learner_of, small_config, weights
+from tests.learners import ROLE, learner_of, small_config, weights
 from tests.run.test_resume import silent
 from tests.small import config_of, plain_config
-from weft.errors import ConfigError
 from weft.geometry import VideoGeometry
-from weft.objectives.flow_matching import ROLE
-from weft.run.apply import apply_adapter
+from weft.run.apply import apply_adapters
 from weft.run.learner import Learner
-from weft.run.sampling import Shot, check_shape, decoded, denoise, encode_prompts, generate
+from weft.run.sampling import decoded, denoise, generate
+from weft.run.shots import Shot, Told, encoded, shape_problems
 from weft.run.start import train_run
 
 CPU = torch.device("cpu")
@@ -47,17 +46,20 @@ def pipeline(world) -> WanPipeline:
 
 
 @pytest.fixture(scope="module")
-def text(learner) -> dict[str, Tensor]:
-    encoders = learner.model.family.encoders(CPU, lambda module: module)
-    return encode_prompts([shot("a red circle"), shot("two blue squares move")], encoders)
+def told(learner) -> Told:
+    family = learner.model.family
+    encoders = family.encoders(CPU, lambda module: module)
+    return encoded([shot("a red circle"), shot("two blue squares move")], family, encoders)
 
 
-def sampled(learner: Learner, shots: Sequence[Shot], text: dict[str, Tensor], role: str | None = None) -> Tensor:
+def sampled(learner: Learner, shots: Sequence[Shot], told: Told, role: str | None = None) -> Tensor:
     with learner.model.adapters.use(role):
-        return denoise(learner.model, learner.engine, learner.model.family, shots, text)
+        return denoise(learner.model, learner.engine, shots, told)
 
 
-def by_diffusers(pipeline: WanPipeline, one: Shot, text: dict[str, Tensor]) -> Tensor:
+def by_diffusers(pipeline: WanPipeline, one: Shot, told: Told) -> Tensor:
+    text = {prompt: made["text"] for prompt, made in told.texts.items()}
+
     def padded(states: Tensor) -> Tensor:
         return torch.cat([states.float(), torch.zeros(64 - len(states), states.shape[1])])[None]
 
@@ -70,39 +72,39 @@ def by_diffusers(pipeline: WanPipeline, one: Shot, text: dict[str, Tensor]) -> T
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_latents_are_those_of_diffusers_pipeline(learner, pipeline, text, guidance):
+def test_latents_are_those_of_diffusers_pipeline(learner, pipeline, told, guidance):
     one = shot(guidance=guidance)
-    assert_close(sampled(learner, [one], text), by_diffusers(pipeline, one, text), **ROUNDING)
+    assert_close(sampled(learner, [one], told), by_diffusers(pipeline, one, told), **ROUNDING)
 
 
-def test_guidance_counts_from_the_negative_prompt_so_that_0_is_the_negative_prompt_alone(learner, text):
+def test_guidance_counts_from_the_negative_prompt_so_that_0_is_the_negative_prompt_alone(learner, told):
     """u + g (c - u), Wan's convention; in c + g (c - u) it would be the prompt alone."""
-    unguided = sampled(learner, [shot(guidance=0.0)], text)
-    negative = sampled(learner, [shot("blurred", guidance=1.0)], text)
+    unguided = sampled(learner, [shot(guidance=0.0)], told)
+    negative = sampled(learner, [shot("blurred", guidance=1.0)], told)
     assert_close(unguided, negative, **ROUNDING)
-    assert not torch.allclose(sampled(learner, [shot(guidance=1.0)], text), negative, atol=1e-3)
+    assert not torch.allclose(sampled(learner, [shot(guidance=1.0)], told), negative, atol=1e-3)
 
 
-def test_without_the_adapter_the_sample_is_that_of_the_bare_base(learner, text, world, tmp_path):
+def test_without_the_adapter_the_sample_is_that_of_the_bare_base(learner, told, world, tmp_path):
     bare = learner_of(small_config(tmp_path, world / "model"), shaken=False)
-    assert torch.equal(sampled(learner, [shot()], text), sampled(bare, [shot()], text, ROLE))  # B is zero there
-    assert not torch.allclose(sampled(learner, [shot()], text, ROLE), sampled(learner, [shot()], text), atol=1e-3)
+    assert torch.equal(sampled(learner, [shot()], told), sampled(bare, [shot()], told, ROLE))  # B is zero there
+    assert not torch.allclose(sampled(learner, [shot()], told, ROLE), sampled(learner, [shot()], told), atol=1e-3)
 
 
-def test_shots_that_are_denoised_together_are_what_they_are_alone(learner, text):
+def test_shots_that_are_denoised_together_are_what_they_are_alone(learner, told):
     """Prompts of unequal length: the shorter is padded by the longer."""
     shots = [shot(guidance=3.0), shot("two blue squares move", seed=4, guidance=3.0)]
-    together = sampled(learner, shots, text, ROLE)
+    together = sampled(learner, shots, told, ROLE)
     for i, one in enumerate(shots):
-        assert_close(together[i : i + 1], sampled(learner, [one], text, ROLE), **ROUNDING)
+        assert_close(together[i : i + 1], sampled(learner, [one], told, ROLE), **ROUNDING)
 
 
-def test_shots_of_several_shapes_come_back_in_order(learner, text):
+def test_shots_of_several_shapes_come_back_in_order(learner, told):
     shots = [shot(), shot(width=32, steps=2), shot(seed=9), shot("two blue squares move", frames=1)]
-    generated = generate(learner.model, learner.engine, learner.model.family, shots, text)
+    generated = generate(learner.model, learner.engine, shots, told)
     for one, latents in zip(shots, generated, strict=True):
         assert latents.shape == (1, *WAN.latent_shape(one.frames, one.height, one.width))
-        assert_close(latents, sampled(learner, [one], text), **ROUNDING)
+        assert_close(latents, sampled(learner, [one], told), **ROUNDING)
 
 
 def test_noise_depends_on_seed_and_size_alone():
@@ -112,9 +114,10 @@ def test_noise_depends_on_seed_and_size_alone():
 
 
 def test_prompts_are_encoded_once_each_and_the_empty_negative_too(learner):
-    found = encode_prompts([shot("a", negative=""), shot("b", negative=""), shot("a", negative="")],
-                           learner.model.family.encoders(CPU, lambda module: module))  # fmt: skip
-    assert sorted(found) == ["", "a", "b"] and len(found[""]) == 1 and found[""].any()
+    family = learner.model.family
+    shots = [shot("a", negative=""), shot("b", negative=""), shot("a", negative="")]
+    found = encoded(shots, family, family.encoders(CPU, lambda module: module)).texts
+    assert sorted(found) == ["", "a", "b"] and len(found[""]["text"]) == 1 and found[""]["text"].any()
 
 
 def test_decoded_frames_are_bytes_of_height_by_width(learner):
@@ -128,20 +131,18 @@ def test_decoded_frames_are_bytes_of_height_by_width(learner):
 
 
 def test_sizes_off_the_models_grid_are_refused_all_at_once_with_the_nearest():
-    with pytest.raises(ConfigError) as refused:
-        check_shape(WAN, frames=80, width=840, height=478, place="samples.")
-    width, height, frames = refused.value.problems
+    width, height, frames = shape_problems(WAN, shot(frames=80, width=840, height=478), "samples.")
     assert "samples.width: 840 does not divide by 16. The nearest is 832." in width  # half way: to the even multiple
     assert "samples.height: 478 does not divide by 16. The nearest is 480." in height
     assert "samples.frames: 80 is not of the form 4k+1. The nearest below is 77." in frames
-    check_shape(WAN, frames=81, width=832, height=480, place="")
+    assert not shape_problems(WAN, shot(frames=81, width=832, height=480), "")
 
 
 def test_ti2v_5b_takes_multiples_of_32_pixels():
     wan_5b = VideoGeometry(fps=24, space_stride=16, time_stride=4, patch=(1, 2, 2), latent_channels=48)
-    check_shape(wan_5b, frames=121, width=1280, height=704, place="")
-    with pytest.raises(ConfigError, match="height: 720 does not divide by 32"):
-        check_shape(wan_5b, frames=121, width=1280, height=720, place="")
+    assert not shape_problems(wan_5b, shot(frames=121, width=1280, height=704), "")
+    (problem,) = shape_problems(wan_5b, shot(frames=121, width=1280, height=720), "")
+    assert "height: 720 does not divide by 32" in problem
 
 
 @pytest.fixture(scope="module")
@@ -156,33 +157,33 @@ def finished(world, tmp_path_factory) -> Path:
     return config.folder
 
 
-def test_diffusers_loads_the_trained_adapter_and_samples_what_weft_samples(finished, pipeline, text):
+def test_diffusers_loads_the_trained_adapter_and_samples_what_weft_samples(finished, pipeline, told):
     one = shot(guidance=2.0)
-    base = by_diffusers(pipeline, one, text)
+    base = by_diffusers(pipeline, one, told)
     pipeline.load_lora_weights(finished / "adapter")
     try:
-        theirs = by_diffusers(pipeline, one, text)
+        theirs = by_diffusers(pipeline, one, told)
     finally:
         pipeline.unload_lora_weights()
-    applied = apply_adapter(finished, None, "cpu", "fp32", 1.0)
-    with applied.model.adapters.use(ROLE):
-        ours = denoise(applied.model, applied.engine, applied.model.family, [one], text)
+    applied = apply_adapters([finished], None, "cpu", "fp32", 1.0)
+    with applied.use():
+        ours = denoise(applied.model, applied.engine, [one], told)
     assert_close(ours, theirs, **ROUNDING)
     assert (theirs - base).abs().max() > 100 * ROUNDING["atol"]
 
 
-def test_an_adapter_at_strength_zero_is_the_base(finished, learner, text):
-    applied = apply_adapter(finished, None, "cpu", "fp32", 0.0)
-    with applied.model.adapters.use(ROLE):
-        ours = denoise(applied.model, applied.engine, applied.model.family, [shot()], text)
-    assert torch.equal(ours, sampled(learner, [shot()], text))
+def test_an_adapter_at_strength_zero_is_the_base(finished, learner, told):
+    applied = apply_adapters([finished], None, "cpu", "fp32", 0.0)
+    with applied.use():
+        ours = denoise(applied.model, applied.engine, [shot()], told)
+    assert torch.equal(ours, sampled(learner, [shot()], told))
 
 
-def test_sampling_moves_no_weight_and_leaves_the_chance_of_the_run_alone(learner, text):
+def test_sampling_moves_no_weight_and_leaves_the_chance_of_the_run_alone(learner, told):
     before = {name: p.detach().clone() for name, p in weights(learner).items()}
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    sampled(learner, [shot()], text, ROLE)
+    sampled(learner, [shot()], told, ROLE)
     assert torch.equal(torch.rand(3), expected)
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in weights(learner).items())

@@ -13,6 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.testing import assert_close
 
 from tests.learners import (
+    ROLE,
     FixedStream,
     Given,
     NoMilestones,
@@ -27,11 +28,11 @@ from tests.learners import (
 from weft.contracts import Batch
 from weft.errors import RunError
 from weft.events import Incident, StepEnded
-from weft.objectives.flow_matching import ROLE
 from weft.run.checkpoint import optimizer_state, pack, restore_optimizer, unpack
 from weft.run.config import RunConfig
-from weft.run.milestones import Keeper, LazyEncoders
+from weft.run.milestones import Keeper
 from weft.run.optimizers import AdamW, AdamW8bit, CustomOptimizer
+from weft.run.showing import Gallery, LazyEncoders
 from weft.run.train import Course, train
 
 DESCENT = {"kind": "custom", "path": "torch.optim.SGD", "lr": 1.0}  # a step of it is the gradient itself
@@ -75,7 +76,7 @@ def test_the_gradient_is_that_of_the_mean_over_items(configured):
     config = configured(optimizer=DESCENT, schedule={"steps": 1, "warmup": 0, "max_norm": 0})
     moved, learner = gradient_of(config, [FOUR]), learner_of(config)
     with learner.model.adapters.use(ROLE):
-        error = Given().errors(learner.model, FOUR, FOUR["noise"], FOUR["t"]).mean()
+        error = Given().given_errors(learner.model, FOUR).mean()
         gradients = torch.autograd.grad(error, list(weights(learner).values()))
     for (name, change), gradient in zip(moved.items(), gradients, strict=True):
         assert_close(change, gradient, rtol=1e-4, atol=1e-6, msg=name)  # the change is a difference of fp32 weights
@@ -130,7 +131,7 @@ def test_the_logged_loss_is_the_mean_over_the_items_of_all_micro_batches(configu
     learner = learner_of(config)
     learner.objective = Given()
     with learner.model.adapters.use(ROLE), torch.no_grad():
-        expected = Given().errors(learner.model, FOUR, FOUR["noise"], FOUR["t"]).mean()
+        expected = Given().given_errors(learner.model, FOUR).mean()
     (event,) = steps_of(trained(learner, config, parts(FOUR, 3, 1)))
     assert event.metrics["train/loss"] == pytest.approx(float(expected), rel=1e-5)
     assert event.keys == FOUR.keys
@@ -160,7 +161,8 @@ def broken() -> Batch:
 
 
 def keeper_of(config: RunConfig, told: list[Any]) -> Keeper:
-    return Keeper(config, {}, {}, told.append, LazyEncoders(None), None, 8.0)
+    gallery = Gallery(config, told.append, LazyEncoders(None), 8.0)  # type: ignore[arg-type]
+    return Keeper(config, {}, {}, told.append, gallery, None)
 
 
 def test_a_gradient_that_is_not_finite_moves_no_weight_no_optimizer_state_and_no_average(configured):

@@ -1,46 +1,55 @@
 """Hugging Face PEFT as a backend: its layers and its numerics, through its public calls."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import torch
-from peft import LoraConfig
 from peft.functional import cast_adapter_dtype, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from weft.adapters.dropout import RankDropout
-from weft.adapters.lora import Lora
-from weft.adapters.modules import linears_at
-from weft.adapters.named import MAGNITUDE, A, B, NamedAdapters
+from weft.adapters.modules import layers_at
+from weft.adapters.named import NamedAdapters
+from weft.adapters.recipe import Recipe
 from weft.errors import ModelError
+
+if TYPE_CHECKING:
+
+    class Wrapper(nn.Module, BaseTunerLayer):
+        """What every layer of PEFT is, and PEFT has no name for."""
 
 
 class PeftAdapters(NamedAdapters):
     """Adapters injected by PEFT: the layer at PATH becomes a wrapper, with the base under `PATH.base_layer`."""
 
-    def __init__(self, recipe: Lora, network: nn.Module, paths: Sequence[str], names: Sequence[str], seed: int) -> None:
-        ordered = tuple(linears_at(network, paths))
-        super().__init__(recipe, ordered, names, seed)
+    def __init__(
+        self, recipe: Recipe, network: nn.Module, paths: Sequence[str], names: Sequence[str], seed: int
+    ) -> None:
+        layers = layers_at(network, paths)
+        super().__init__(recipe, tuple(layers), names, seed)
+        recipe.check_layers(layers)
         # PEFT draws first values that `initialize` replaces; the run's own chance must not notice.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several names are meant
             for name in self.names:
-                inject_adapter_in_model(peft_config(recipe, ordered), network, adapter_name=name)
+                inject_adapter_in_model(recipe.peft_config(layers), network, adapter_name=name)
                 # Injection takes over the base's dtype; in bf16 a small learning rate would move nothing.
                 cast_adapter_dtype(network, name)
-        self.layers = _layers_at(network, ordered)
+        self.layers = _wrappers_at(network, self.paths)
         network.requires_grad_(False)
-        for path in ordered:
+        for wrapper in self.layers.values():
             # PEFT's wrappers are born in training mode, whatever the network's.
-            wrapper = network.get_submodule(path)
-            wrapper.train(wrapper.get_submodule("base_layer").training)
+            base = wrapper.get_base_layer()
+            wrapper.train(base.training)
+            if not recipe.keeps_dtype:
+                KeepDtype().watch(base, wrapper)
         for name in self.names:
+            recipe.complete(self.layers, name)
             for parameter in self.parameters(name).values():
                 parameter.requires_grad_(True)
-            self._hook_dropout(name)
         self._trained = [parameter for name in self.names for parameter in self.parameters(name).values()]
         self.in_use: str | None = self.names[-1]
         self.wanted: str | None = None
@@ -50,20 +59,15 @@ class PeftAdapters(NamedAdapters):
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """Canonical name -> parameter, in network order."""
-        assert name in self.names, f"no adapter is called '{name}', only {self.names}"
-        found = {}
-        for path, layer in self.layers.items():
-            found[path + A] = layer.lora_A.get_parameter(f"{name}.weight")
-            found[path + B] = layer.lora_B.get_parameter(f"{name}.weight")
-            if self.recipe.dora:
-                found[path + MAGNITUDE] = layer.lora_magnitude_vector.get_parameter(f"{name}.weight")
-        return found
+        return {key: tensor for key, tensor in self._tensors(name).items() if isinstance(tensor, nn.Parameter)}
 
-    def base_weight(self, path: str) -> Tensor:
-        """The frozen weight (out, in) under a path."""
-        base = self.layers[path].get_base_layer()
-        assert isinstance(base, nn.Linear)
-        return base.weight
+    def fixed(self, name: str) -> dict[str, Tensor]:
+        """Canonical name -> tensor that belongs to an adapter and is not trained."""
+        return {key: tensor for key, tensor in self._tensors(name).items() if not isinstance(tensor, nn.Parameter)}
+
+    def base_layer(self, path: str) -> nn.Module:
+        """The frozen layer under a path."""
+        return self.layers[path].get_base_layer()
 
     @contextmanager
     def use(self, name: str | None) -> Iterator[None]:
@@ -101,37 +105,61 @@ class PeftAdapters(NamedAdapters):
             parameter.requires_grad_(flag)
         self.in_use = name
 
-    def _hook_dropout(self, name: str) -> None:
-        # LoraConfig knows dropout on the input only. What A puts out are the rank activations, so the other three
-        # kinds stand there; B has no bias, so a zero there skips the whole layer's change.
-        dropout = RankDropout(self.recipe.activation_dropout, self.recipe.rank_dropout, self.recipe.module_dropout)
-        if dropout.acts:
-            for layer in self.layers.values():
-                layer.lora_A.get_submodule(name).register_forward_hook(partial(_thin, dropout))
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        """Canonical name -> every tensor of an adapter that its files or its checkpoints hold."""
+        assert name in self.names, f"no adapter is called '{name}', only {self.names}"
+        found: dict[str, Tensor] = {}
+        for path, layer in self.layers.items():
+            for kind in self.recipe.tensors:
+                holder = layer.get_submodule(kind)
+                assert isinstance(holder, nn.ModuleDict | nn.ParameterDict)
+                if name in holder:
+                    found |= _named(f"{path}.{kind}", holder[name])
+        return found
 
 
-def peft_config(recipe: Lora, paths: Sequence[str]) -> LoraConfig:
-    """The recipe in PEFT's words, every value given: its defaults (r 8, alpha 8) are not ours."""
-    return LoraConfig(
-        r=recipe.rank,
-        lora_alpha=recipe.strength,  # pyright: ignore[reportArgumentType]  # annotated int, used as a float
-        lora_dropout=recipe.input_dropout,
-        use_rslora=recipe.rslora,
-        use_dora=recipe.dora,
-        target_modules=list(paths),
-        bias="none",
-        task_type=None,
-        init_lora_weights=False,
-    )
+@dataclass
+class KeepDtype:
+    """Gives a wrapper's answer the dtype of its base layer's: some of PEFT's layers answer in that of their input, and
+    under autocast the network around them would then compute in another precision than without adapters."""
+
+    dtype: torch.dtype | None = None
+
+    def watch(self, base: nn.Module, wrapper: nn.Module) -> None:
+        base.register_forward_hook(self._note)
+        wrapper.register_forward_hook(self._keep)
+
+    def _note(self, base: nn.Module, inputs: object, output: Tensor) -> None:
+        self.dtype = output.dtype
+
+    def _keep(self, wrapper: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        return output if output.dtype == self.dtype else output.to(self.dtype)
 
 
-def _thin(dropout: RankDropout, module: nn.Module, inputs: tuple[Tensor, ...], h: Tensor) -> Tensor:
-    return dropout.thin(h) if module.training else h
+def without_chance(wrappers: Mapping[str, nn.Module]) -> None:
+    """Keep wrappers from drawing a number in each call of training, as LoHa's and LoKr's do even without a dropout: one
+    in 2^24 would leave the change out, and a rehearsal on fake tensors has no numbers."""
+    for wrapper in wrappers.values():
+        wrapper.register_forward_pre_hook(_rest)
 
 
-def _layers_at(network: nn.Module, paths: Sequence[str]) -> dict[str, LoraLayer]:
+def _rest(wrapper: nn.Module, inputs: object) -> None:
+    wrapper.training = False  # its own flag alone; layers inside keep theirs
+
+
+def _named(name: str, tensors: Tensor | nn.Module) -> dict[str, Tensor]:
+    if isinstance(tensors, nn.Module):
+        inside = tensors.state_dict(keep_vars=True)
+        # PEFT's live modules call the magnitude a weight, its files do not.
+        return {name if name.endswith("magnitude_vector") else f"{name}.{key}": t for key, t in inside.items()}
+    return {name: tensors}
+
+
+def _wrappers_at(network: nn.Module, paths: Sequence[str]) -> "dict[str, Wrapper]":
     """The layers that PEFT made. Raises ModelError when they are not exactly those at paths."""
-    layers = {path: module for path, module in network.named_modules() if isinstance(module, LoraLayer)}
+    layers = {
+        path: cast("Wrapper", module) for path, module in network.named_modules() if isinstance(module, BaseTunerLayer)
+    }
     wrong = sorted(set(layers) ^ set(paths))
     if wrong:
         raise ModelError(

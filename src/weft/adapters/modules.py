@@ -1,10 +1,14 @@
-"""The linear layers of a network: their names and shapes, and the modules behind the names."""
+"""The layers of a network that adapters can stand on: names and shapes, and the modules behind the names."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from weft.errors import ModelError, did_you_mean
+
+CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
+READABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def linears_of(network: nn.Module) -> dict[str, tuple[int, int]]:
@@ -16,13 +20,74 @@ def linears_of(network: nn.Module) -> dict[str, tuple[int, int]]:
     }
 
 
-def linears_at(network: nn.Module, paths: Sequence[str]) -> dict[str, nn.Linear]:
-    """The linear layers at paths, in the network's order. Raises ModelError for a path that is no linear layer."""
+def layers_of(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Linear layers as `linears_of` gives them, and (out, in, *kernel) of every convolution, in network order."""
+    found: dict[str, tuple[int, ...]] = {}
+    for path, module in network.named_modules():
+        if isinstance(module, nn.Linear):
+            found[path] = (module.out_features, module.in_features)
+        elif isinstance(module, CONVOLUTIONS):
+            found[path] = (module.out_channels, module.in_channels, *module.kernel_size)
+    return found
+
+
+def layers_at(network: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:
+    """The linear layers and convolutions at paths, in the network's order. Raises ModelError for any other path."""
     wanted = set(paths)
-    found = {
-        path: module for path, module in network.named_modules() if path in wanted and isinstance(module, nn.Linear)
+    kinds = (nn.Linear, *CONVOLUTIONS)
+    found: dict[str, nn.Module] = {
+        path: module for path, module in network.named_modules() if path in wanted and isinstance(module, kinds)
     }
     if missing := [path for path in paths if path not in found]:
-        advice = did_you_mean(missing[0], list(linears_of(network)))
+        advice = did_you_mean(missing[0], list(layers_of(network)))
         raise ModelError(f"{len(missing)} adapter targets are no linear layers, first '{missing[0]}'. {advice}")
+    for path, module in found.items():
+        if isinstance(module, CONVOLUTIONS) and not _is_plain(module):
+            raise ModelError(
+                f"adapter.targets: '{path}' is a convolution with groups, dilation or a padding other than zeros, "
+                "which no adapter here follows. Exclude it."
+            )
     return found
+
+
+def rows_are_readable(layer: nn.Module) -> bool:
+    """Whether the weight is plain numbers, (out, in) or a kernel, rather than packed or quantized codes."""
+    weight = layer.weight
+    shape = (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else None
+    return isinstance(weight, Tensor) and weight.dtype in READABLE and shape in (None, tuple(weight.shape))
+
+
+@torch.no_grad()
+def dense_weight(layer: nn.Module, inputs: int = 1024) -> Tensor:
+    """The weight (out, in) in fp32, of a convolution (out, in * kernel).
+
+    A layer whose weight is packed or quantized is asked for unit vectors, so many inputs at a time: its answers are the
+    columns of what it multiplies with, whatever the storage.
+    """
+    if rows_are_readable(layer):
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        return weight.detach().float().flatten(1)
+    assert isinstance(layer, nn.Linear), f"a {type(layer).__name__} keeps its weight as numbers"
+    device, columns = next(iter([*layer.parameters(), *layer.buffers()])).device, []
+    for start in range(0, layer.in_features, inputs):
+        count = min(inputs, layer.in_features - start)
+        unit = torch.zeros(count, layer.in_features, device=device)
+        unit[torch.arange(count), start + torch.arange(count)] = 1
+        columns.append((layer(unit).float() - (0 if layer.bias is None else layer.bias.float())).mT)
+    return torch.cat(columns, 1)
+
+
+def _is_plain(layer: nn.Conv2d | nn.Conv3d) -> bool:
+    undilated = all(step == 1 for step in layer.dilation)
+    return layer.groups == 1 and undilated and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+
+
+def refuse_packed(kind: str, layers: Mapping[str, nn.Module]) -> None:
+    """Raises ModelError for a layer whose weight has not the shape of what it multiplies with."""
+    for path, layer in layers.items():
+        if isinstance(layer, nn.Linear) and tuple(layer.weight.shape) != (layer.out_features, layer.in_features):
+            raise ModelError(
+                f"adapter.kind: {kind} cannot stand on '{path}', whose weight is packed ({type(layer).__name__}): PEFT "
+                "takes the shape of the change from it. Use adapter.kind=lora or oft, or another family.dtype."
+            )

@@ -1,4 +1,4 @@
-"""Weft's own LoRA: a forward hook on each linear layer, whose own parameters and class stay as they were."""
+"""Weft's own LoRA: a forward hook on each layer, whose own parameters and class stay as they were."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,11 +10,12 @@ from torch.nn import functional
 
 from weft.adapters.dropout import RankDropout
 from weft.adapters.lora import Lora
-from weft.adapters.modules import linears_at
-from weft.adapters.named import MAGNITUDE, A, B, NamedAdapters
+from weft.adapters.low_rank import FIRST_A, FIRST_B, MAGNITUDE, A, B, Product
+from weft.adapters.modules import layers_at, rows_are_readable
+from weft.adapters.named import NamedAdapters
 from weft.errors import ModelError
 
-# The child of a linear layer that holds its adapters. Keys of the base weights do not change.
+# The child of a layer that holds its adapters. Keys of the base weights do not change.
 CHILD = "weft_lora"
 
 
@@ -29,32 +30,30 @@ class NativeAdapters(NamedAdapters):
     """Adapters as children `PATH.weft_lora` of the layers they change."""
 
     def __init__(self, recipe: Lora, network: nn.Module, paths: Sequence[str], names: Sequence[str], seed: int) -> None:
-        linears = linears_at(network, paths)
-        super().__init__(recipe, tuple(linears), names, seed)
+        layers = layers_at(network, paths)
+        super().__init__(recipe, tuple(layers), names, seed)
         if recipe.dora:
-            _refuse_packed(linears)
+            _refuse_packed(layers)
         network.requires_grad_(False)
         self.in_use = InUse()
-        self.linears = linears
-        for linear in linears.values():
-            adapted = AdaptedLinear(recipe, linear, self.names, self.in_use).train(linear.training)
-            linear.add_module(CHILD, adapted)
-            linear.register_forward_hook(adapted.change)
+        self.layers = layers
+        for layer in layers.values():
+            adapted = AdaptedLayer(recipe, layer, self.names, self.in_use).train(layer.training)
+            layer.add_module(CHILD, adapted)
+            layer.register_forward_hook(adapted.change)
         self.initialize()
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """Canonical name -> parameter, in network order."""
-        assert name in self.names, f"no adapter is called '{name}', only {self.names}"
-        found = {}
-        for path, linear in self.linears.items():
-            pair = linear.get_submodule(f"{CHILD}.{name}")
-            suffixes = {"lora_A": A, "lora_B": B, "magnitude": MAGNITUDE}
-            found |= {path + suffixes[key]: parameter for key, parameter in pair.named_parameters()}
-        return found
+        return {key: tensor for key, tensor in self._tensors(name).items() if isinstance(tensor, nn.Parameter)}
 
-    def base_weight(self, path: str) -> Tensor:
-        """The frozen weight (out, in) under a path."""
-        return self.linears[path].weight
+    def fixed(self, name: str) -> dict[str, Tensor]:
+        """Canonical name -> tensor that belongs to an adapter and is not trained."""
+        return {key: tensor for key, tensor in self._tensors(name).items() if not isinstance(tensor, nn.Parameter)}
+
+    def base_layer(self, path: str) -> nn.Module:
+        """The frozen layer at a path."""
+        return self.layers[path]
 
     @contextmanager
     def use(self, name: str | None) -> Iterator[None]:
@@ -66,56 +65,82 @@ class NativeAdapters(NamedAdapters):
         finally:
             self.in_use.name = before
 
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        assert name in self.names, f"no adapter is called '{name}', only {self.names}"
+        ends = {"lora_A": A, "lora_B": B, "magnitude": MAGNITUDE, "first_A": FIRST_A, "first_B": FIRST_B}
+        found = {}
+        for path, layer in self.layers.items():
+            pair = layer.get_submodule(f"{CHILD}.{name}")
+            found |= {path + ends[key]: tensor for key, tensor in pair.state_dict(keep_vars=True).items()}
+        return found
+
 
 class LowRank(nn.Module):
-    """The weights of one adapter on one layer: A (r, in), B (out, r), and with DoRA a magnitude (out,). fp32."""
+    """The weights of one adapter on one layer: A (r, in), B (out, r), and with DoRA a magnitude (out,). fp32.
 
-    def __init__(self, rank: int, linear: nn.Linear, dora: bool) -> None:
+    With PiSSA also their first values, which are taken away from every answer.
+    """
+
+    first_A: Tensor | None
+    first_B: Tensor | None
+
+    def __init__(self, recipe: Lora, layer: nn.Module) -> None:
         super().__init__()
-        device = linear.weight.device
-        self.lora_A = nn.Parameter(torch.zeros(rank, linear.in_features, device=device, dtype=torch.float32))
-        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device, dtype=torch.float32))
-        self.magnitude = nn.Parameter(torch.ones(linear.out_features, device=device)) if dora else None
+        product = Product(layer)
+        rank, self.scale = recipe.width(product.is_conv)
+        device = next(layer.parameters()).device  # a packed layer decodes its weight whenever that is asked for
+        a, b = (torch.zeros(shape, device=device, dtype=torch.float32) for shape in product.shapes(rank))
+        self.lora_A = nn.Parameter(a)
+        self.lora_B = nn.Parameter(b)
+        self.magnitude = nn.Parameter(torch.ones(len(b), device=device)) if recipe.dora else None
+        pissa = recipe.init == "pissa"
+        self.register_buffer("first_A", torch.zeros_like(a) if pissa else None)
+        self.register_buffer("first_B", torch.zeros_like(b) if pissa else None)
 
 
-class AdaptedLinear(nn.ModuleDict):
-    """All adapters of one linear layer, by name, and the hook that adds the one in use."""
+class AdaptedLayer(nn.ModuleDict):
+    """All adapters of one layer, by name, and the hook that adds the one in use."""
 
-    def __init__(self, recipe: Lora, linear: nn.Linear, names: Sequence[str], in_use: InUse) -> None:
-        super().__init__({name: LowRank(recipe.rank, linear, recipe.dora) for name in names})
+    def __init__(self, recipe: Lora, layer: nn.Module, names: Sequence[str], in_use: InUse) -> None:
+        super().__init__({name: LowRank(recipe, layer) for name in names})
         self.in_use = in_use
-        self.scale = recipe.scale
         self.input_dropout = recipe.input_dropout
         self.dropout = RankDropout(recipe.activation_dropout, recipe.rank_dropout, recipe.module_dropout)
 
-    def change(self, linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def change(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """The layer's output (..., out) under the adapter in use: a forward hook."""
         if self.in_use.name is None:
             return output
         pair = self[self.in_use.name]
-        assert isinstance(pair, LowRank) and isinstance(linear, nn.Linear)
+        assert isinstance(pair, LowRank)
         x = inputs[0]
         if self.input_dropout or not torch.is_autocast_enabled(x.device.type):
             # Autocast makes its own cast; without it, a bf16 base meets fp32 adapters here.
             x = x.to(pair.lora_A.dtype)
         if pair.magnitude is not None:
-            return (output + self.dora_change(pair, linear, x, output)).to(output.dtype)
-        return (output + self.low_rank(pair, self.drop_input(x))).to(output.dtype)
+            assert isinstance(layer, nn.Linear)
+            return (output + self.dora_change(pair, layer, x, output)).to(output.dtype)
+        return (output + self.low_rank(pair, Product(layer), self.drop_input(x))).to(output.dtype)
 
     def drop_input(self, x: Tensor) -> Tensor:
         if self.input_dropout and self.training:
             return functional.dropout(x, self.input_dropout)
         return x
 
-    def low_rank(self, pair: LowRank, x: Tensor) -> Tensor:
-        """scale B A x (..., out)."""
-        h = functional.linear(x, pair.lora_A)  # (..., r)
+    def low_rank(self, pair: LowRank, product: Product, x: Tensor) -> Tensor:
+        """scale B A x (..., out), with PiSSA scale (B A - B0 A0) x in the form that `without_first` explains."""
+        a = pair.lora_A if pair.first_A is None else pair.lora_A - pair.first_A
+        h = product.down(x, a)  # (..., r)
         if self.training and self.dropout.acts:
-            h = self.dropout.thin(h)
-        if self.scale != 1:
+            h = product.ranks_back(self.dropout.thin(product.ranks_last(h)))
+        if pair.scale != 1:
             # On r numbers a token in place of out: exact for powers of two, else equal to rounding.
-            h = h * self.scale
-        return functional.linear(h, pair.lora_B)
+            h = h * pair.scale
+        change = product.up(h, pair.lora_B)
+        if pair.first_A is None or pair.first_B is None:
+            return change
+        first = product.down(x, pair.first_A)
+        return change + product.up(first * pair.scale if pair.scale != 1 else first, pair.lora_B - pair.first_B)
 
     def dora_change(self, pair: LowRank, linear: nn.Linear, x: Tensor, output: Tensor) -> Tensor:
         """What DoRA adds: (g - 1) W x + g scale B A x, g = m / ||W + scale B A||. arXiv:2402.09353, section 4.3.
@@ -124,7 +149,7 @@ class AdaptedLinear(nn.ModuleDict):
         """
         assert pair.magnitude is not None
         with torch.no_grad():
-            whole = linear.weight.to(x.dtype) + self.scale * (pair.lora_B @ pair.lora_A).to(x.dtype)
+            whole = linear.weight.to(x.dtype) + pair.scale * (pair.lora_B @ pair.lora_A).to(x.dtype)
             norm = torch.linalg.norm(whole, dim=1)
         g = pair.magnitude / norm
         if self.input_dropout and self.training:
@@ -132,13 +157,13 @@ class AdaptedLinear(nn.ModuleDict):
             base = functional.linear(x, linear.weight.to(x.dtype))
         else:
             base = output if linear.bias is None else output - linear.bias
-        return (g - 1) * base + g * self.low_rank(pair, x)
+        return (g - 1) * base + g * self.low_rank(pair, Product(linear), x)
 
 
-def _refuse_packed(linears: Mapping[str, nn.Linear]) -> None:
-    for path, linear in linears.items():
-        if linear.weight.shape != (linear.out_features, linear.in_features):
+def _refuse_packed(layers: Mapping[str, nn.Module]) -> None:
+    for path, layer in layers.items():
+        if not rows_are_readable(layer):
             raise ModelError(
-                f"adapter.dora: the weight of '{path}' is packed ({type(linear).__name__}), and native DoRA needs its "
+                f"adapter.dora: the weight of '{path}' is packed ({type(layer).__name__}), and native DoRA needs its "
                 "rows. Use backend: peft, or dora: false."
             )

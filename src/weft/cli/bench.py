@@ -61,10 +61,13 @@ def largest_bucket(config: "RunConfig") -> "Bucket":
     """The bucket of the most tokens that the config's shapes allow. Raises ConfigError when none fits the budget."""
     from weft.errors import ConfigError
 
-    buckets, geometry = config.data.buckets, config.family.geometry()
+    geometry = config.family.geometry()
     ample = 100_000  # pixels: a square clip that every nominal side fits into
-    sizes = buckets.sizes or [(ample, ample)]
-    found = [buckets.choose(max(buckets.frames), width, height, geometry) for width, height in sizes]
+    found = [
+        buckets.choose(max(buckets.frames), width, height, geometry)
+        for buckets in config.data.shapes()
+        for width, height in buckets.sizes or [(ample, ample)]
+    ]
     allowed = [bucket for bucket in found if bucket]
     if not allowed:
         raise ConfigError("data.buckets: no shape fits the token budget. Raise token_budget or lower the sizes.")

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 
 from weft.engines.transfer import self_test
+from weft.engines.visible import Visible, gpus_here
 
 LITTLE_DISK = 20 << 30  # bytes; a 14B model and its cache need more
 
@@ -34,6 +35,7 @@ class Check:
 def all_checks(folder: Path, copies: bool) -> Iterator[Check]:
     """Every check, as it is done. copies: also the self-test of each device."""
     yield from packages()
+    yield from gpus(gpus_here())
     for device in devices():
         yield from device_facts(device)
         if copies:
@@ -98,6 +100,25 @@ def devices() -> list[torch.device]:
     if torch.backends.mps.is_available():
         found.append(torch.device("mps"))
     return [*found, torch.device("cpu")]
+
+
+def gpus(found: Visible) -> Iterator[Check]:
+    """Each GPU that may be used here: its number in file names, what torch calls it, and how a child is given it."""
+    for gpu in found.gpus:
+        known = ", ".join(word for word in (gpu.name, gpu.uuid) if word)
+        place = "number unknown" if gpu.physical is None else f"the driver's {gpu.physical}"
+        detail = f"cuda:{gpu.ordinal}, {place}, CUDA_VISIBLE_DEVICES={gpu.entry}" + (f", {known}" if known else "")
+        yield Check("gpus", f"gpu {gpu.number}", "ok", detail)
+    if not found.gpus:
+        yield Check("gpus", "visible", "note", f"none. {_hiding()}".rstrip())
+    for note in found.notes:
+        yield Check("gpus", "visible", "note", note)
+
+
+def _hiding() -> str:
+    """The variables of this process that may hide GPUs, as they stand."""
+    names = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
+    return " ".join(f"{name} is '{os.environ[name]}'." for name in names if name in os.environ)
 
 
 def device_facts(device: torch.device) -> Iterator[Check]:

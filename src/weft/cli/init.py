@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from weft.cli.models import MODELS, KnownModel, recognised
+from weft.cli.models import MODELS, WAN_I2V, KnownModel, recognised
 from weft.config.show import inline
 from weft.data.manifest import IMAGE_ENDINGS, MANIFEST_ENDINGS, VIDEO_ENDINGS
+from weft.data.musubi import data_section
 from weft.errors import ConfigError, DataError, did_you_mean
-from weft.families.wan import Wan
 
 COMMENT_COLUMN = 52
 
@@ -30,8 +30,9 @@ class Base:
 def run(argv: Sequence[str]) -> int:
     """Write the config and say what comes next."""
     parser = argparse.ArgumentParser(prog="weft init", description="Write a commented run.yaml.")
-    parser.add_argument("model", help=f"a folder in diffusers layout, or one of: {', '.join(MODELS)}")
-    parser.add_argument("--data", required=True, type=Path, help="folder of clips with captions, or a manifest")
+    parser.add_argument("model", help=f"a model's folder or file, or one of: {', '.join(MODELS)}")
+    what = "folder of clips with captions, a manifest, or musubi's dataset TOML"
+    parser.add_argument("--data", required=True, type=Path, help=what)
     parser.add_argument("--out", type=Path, default=Path("run.yaml"), help="default: run.yaml")
     arguments = parser.parse_args(argv)
     out: Path = arguments.out
@@ -53,12 +54,8 @@ def find_base(model: str) -> Base:
     by_repository = {known.repository.lower(): name for name, known in MODELS.items() if known.repository}
     name = by_repository.get(model.lower(), model.lower())
     folder = Path(model).expanduser()
-    if folder.is_dir():
-        family = Wan.model_validate({"source": folder.as_posix()})
-        family.geometry()
-        network = family.network_config
-        like = recognised(network, (folder / "transformer_2").is_dir())
-        return Base(folder.resolve().name, folder.as_posix(), MODELS[like])
+    if folder.exists():
+        return Base(folder.resolve().stem, folder.as_posix(), known_at(folder.as_posix()))
     if name not in MODELS:
         what = "no such folder and no known model" if "/" in model else "no known model and no folder here"
         raise ConfigError(f"'{model}': {what}. {did_you_mean(name.rpartition('/')[2], list(MODELS))}")
@@ -70,9 +67,20 @@ def find_base(model: str) -> Base:
     return Base(name, local.as_posix(), known, fetch)
 
 
+def known_at(source: str) -> KnownModel:
+    """What a folder or a file of weights holds, by its names and headers. Raises ModelError."""
+    from weft.families.checkpoint import open_checkpoint
+
+    kind = open_checkpoint(source, None, "wan").kind_of_network
+    checkpoint = open_checkpoint(source, None, kind)
+    config, facts = checkpoint.config(checkpoint.first_network), checkpoint.facts
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    return MODELS[recognised(facts.model, kind, facts.task, facts.experts, width)]
+
+
 def count_clips(data: Path) -> int:
     """Videos and images in a folder; 0 for a manifest. Raises DataError when there is nothing to train on."""
-    if data.is_file() and data.suffix.lower() in MANIFEST_ENDINGS:
+    if data.is_file() and data.suffix.lower() in (*MANIFEST_ENDINGS, ".toml"):
         return 0
     if not data.exists():
         siblings = [path.name for path in data.parent.iterdir()] if data.parent.is_dir() else []
@@ -98,7 +106,8 @@ def written(base: Base, data: Path, clips: int) -> str:
         f"# yaml-language-server: $schema={schema.as_uri()}",
         f"# A LoRA on {base.name}. Every key and its meaning: weft config explain",
     ]
-    lines = [*_model(base, name), *_learning(base.known), *_data(base.known, data, clips), *_watching(base.known)]
+    told = _translated(data) if data.suffix == ".toml" else _data(base.known, data, clips)
+    lines = [*_model(base, name), *_learning(base.known), *told, *_watching(base.known)]
     return "\n".join([*head, *(_line(text, comment) for text, comment in lines)]) + "\n"
 
 
@@ -112,15 +121,15 @@ Lines = list[tuple[str, str]]
 
 def _model(base: Base, name: str) -> Lines:
     known = base.known
-    subfolder = [(f"  subfolder: {known.subfolder}", known.reason_subfolder)] if known.reason_subfolder else []
+    experts = [("  expert: both", "high, low, or both: an adapter for each of the two networks")]
     return [
         (f"name: {inline(name)}", "the run's folder is runs/NAME"),
         ("seed: 0", "decides adapter weights, data order and noise"),
         ("", ""),
         ("family:", ""),
-        ("  kind: wan", "text-to-video"),
-        (f"  source: {inline(base.source)}", "folder in diffusers layout" if known.repository else "ships with Weft"),
-        *subfolder,
+        (f"  kind: {known.kind}", known.does),
+        (f"  source: {inline(base.source)}", "folder of the model" if known.repository else "ships with Weft"),
+        *(experts if known.experts else []),
         ("", ""),
         ("adapter:", ""),
         ("  kind: lora", ""),
@@ -132,8 +141,7 @@ def _model(base: Base, name: str) -> Lines:
 
 
 def _learning(known: KnownModel) -> Lines:
-    low, high = known.times
-    part = [(f"  times: [{low}, {high}]", "the times of this expert; 0 is data, 1 is noise")]
+    turns = [("  turn: 50", "steps of one network before the other's turn; half of steps: one after the other")]
     return [
         ("objective:", ""),
         ("  kind: flow-matching", ""),
@@ -141,7 +149,7 @@ def _learning(known: KnownModel) -> Lines:
             f"  timesteps: {{kind: shift, shift: {known.shift}}}",
             "more noise for larger frames, as the model was trained",
         ),
-        *(part if (low, high) != (0.0, 1.0) else []),
+        *(turns if known.experts else []),
         ("", ""),
         ("optimizer:", ""),
         ("  kind: adamw", "adamw8bit needs less memory and bitsandbytes"),
@@ -182,6 +190,22 @@ def _data(known: KnownModel, data: Path, clips: int) -> Lines:
     ]
 
 
+def _translated(data: Path) -> Lines:
+    """The data section that musubi's dataset file stands for; what it asks that is done otherwise, as comments."""
+    import yaml
+
+    section, notices = data_section(data)
+    text = yaml.safe_dump({"data": section}, sort_keys=False, default_flow_style=None, allow_unicode=True)
+    return [(f"# {data.name} as Weft's own keys:", ""), *((f"# {notice}", "") for notice in notices),
+            *((line, "") for line in text.splitlines()), ("", "")]  # fmt: skip
+
+
+def prompts_reason(known: KnownModel) -> str:
+    if known.does == WAN_I2V:
+        return "such as [{text: a red fox runs through snow, image: fox.png}]"
+    return "captions as in training, such as [a red fox runs through snow]"
+
+
 def _watching(known: KnownModel) -> Lines:
     width, height, frames = known.sample
     return [
@@ -190,11 +214,12 @@ def _watching(known: KnownModel) -> Lines:
         ("", ""),
         ("samples:", ""),
         (f"  every: {known.every}", "steps between videos, once there are prompts"),
-        ("  prompts: []", "captions as in training, such as [a red fox runs through snow]"),
+        ("  prompts: []", prompts_reason(known)),
         (f"  width: {width}", "pixels"),
         (f"  height: {height}", "pixels"),
         (f"  frames: {frames}", "of the form 4k+1"),
-        (f"  guidance: {known.guidance}", "1: off"),
+        (f"  guidance: {known.guidance}", known.reason_guidance),
+        *([(f"  guidance_low: {known.guidance_low}", "of the low network")] if known.guidance_low else []),
         ("", ""),
         ("save:", ""),
         (f"  every: {known.every}", "steps between checkpoints"),

@@ -20,6 +20,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("config", type=Path, help="the run's YAML")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--all", action="store_true", help=f"every clip, not only {SHOWN}")
+    parser.add_argument("--memory", metavar="SIZE", help="plan for a device of this memory, such as 16GiB")
     arguments = parser.parse_intermixed_args(argv)
 
     from weft.cli.train import quiet_libraries
@@ -30,9 +31,10 @@ def run(argv: Sequence[str]) -> int:
 
     from rich.console import Console
 
+    from weft.run.ladder import size_of
     from weft.run.plan import plan, refuse
 
-    made = plan(config)
+    made = plan(config, size_of(arguments.memory) if arguments.memory else None)
     print_plan(config, made, Console(highlight=False), everything=arguments.all)
     refuse(made.problems)
     return 0
@@ -42,20 +44,39 @@ def print_plan(config: "RunConfig", plan: "Plan", console: "Console", everything
     """Clips, buckets with their memory, targets, and the run in numbers."""
     print_clips(plan, console, everything)
     print_buckets(config, plan, console)
+    print_memory(plan, console)
     print_targets(plan, console)
     schedule = config.schedule
     per_step = config.data.batch_size * schedule.accumulate
     held_out = len(plan.survey.validation)
+    print_experts(config, console)
     console.print(
         f"{plan.parameters.line()}\n"
-        f"LoRA scale {config.adapter.scale:g} (rank {config.adapter.rank}), backend {config.adapter.backend}, "
-        f"precision {plan.precision}\n"
+        f"{config.adapter.summary()}, precision {plan.precision}\n"
         f"{schedule.steps} steps of {per_step} clips = {plan.epochs(schedule.steps):.1f} epochs of "
         f"{plan.steps_per_epoch} steps; "
         f"{held_out or 'no'} clips held out for validation\n"
         f"disk: {gib(plan.disk)} of checkpoints and adapters in {config.folder}; {plan.cache.line()}",
         markup=False,
+        soft_wrap=True,
     )
+
+
+def print_experts(config: "RunConfig", console: "Console") -> None:
+    """Which of two networks is trained when, and at which times."""
+    from weft.run.pace import Pace
+
+    experts = config.family.experts
+    if experts == config.family.all_experts and len(experts) == 1:
+        return
+    pace = Pace(config.objective, experts, config.schedule.steps)
+    for expert in experts:
+        (phase,) = (name for name in (expert.name, "train") if name in pace.steps)
+        low, high = config.objective.range_of(expert)
+        console.print(
+            f"Expert {expert.name}: times {low:g} to {high:g}, {pace.of(phase)} steps, an adapter of its own",
+            markup=False,
+        )
 
 
 def print_clips(plan: "Plan", console: "Console", everything: bool) -> None:
@@ -79,7 +100,10 @@ def print_clips(plan: "Plan", console: "Console", everything: bool) -> None:
         console.print(f"{len(clips) - len(shown)} more clips; weft plan --all shows them.", markup=False)
     verdicts = [clip.verdict for clip in clips]
     counts = ", ".join(f"{verdicts.count(v)} {v}" for v in ("kept", "trimmed", "dropped", "unreadable"))
-    console.print(f"  {len(clips)} clips: {counts}\n", markup=False)
+    console.print(f"  {len(clips)} clips: {counts}", markup=False)
+    for notice in plan.survey.notices:
+        console.print(f"  note: {notice}", markup=False, soft_wrap=True)
+    console.print()
 
 
 def print_buckets(config: "RunConfig", plan: "Plan", console: "Console") -> None:
@@ -96,6 +120,24 @@ def print_buckets(config: "RunConfig", plan: "Plan", console: "Console") -> None
             gib(memory.total), gib(memory.activations),
         )  # fmt: skip
     console.print(table)
+
+
+def print_memory(plan: "Plan", console: "Console") -> None:
+    """Whether the largest bucket fits, and else what would make it fit."""
+    if plan.limit is None or not plan.memory:
+        return
+    most = max(each.total for each in plan.memory.values())
+    if most <= plan.limit:
+        console.print(f"The largest bucket needs about {gib(most)} of {gib(plan.limit)}.\n", markup=False)
+        return
+    console.print(f"The largest bucket needs about {gib(most)}, and there are {gib(plan.limit)}.", markup=False)
+    if plan.rungs:
+        console.print("What would help, each on top of those before:", markup=False)
+    for rung in plan.rungs:
+        console.print(f"  {rung.line()}", markup=False, soft_wrap=True)
+    if not plan.rungs or plan.rungs[-1].bytes > plan.limit:
+        console.print("Even so it would not fit: take smaller buckets or a larger device.", markup=False)
+    console.print()
 
 
 def print_targets(plan: "Plan", console: "Console") -> None:

@@ -8,14 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from weft.run.apply import Applied
+    from weft.run.config import Prompt
 
-DEFAULTS = {"frames": 81, "width": 832, "height": 480, "steps": 30, "guidance": 5.0, "negative": "", "seed": 0}
+DEFAULTS = {"frames": 81, "width": 832, "height": 480, "steps": 30, "guidance": 5.0, "guidance_low": None,
+            "negative": "", "seed": 0}  # fmt: skip
 
 
 def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="weft sample", description="Generate videos with an adapter.")
-    parser.add_argument("adapter", type=Path, help="adapter folder or file, or the folder of a finished run")
+    parser.add_argument(
+        "adapter",
+        type=Path,
+        nargs="+",
+        help="adapter folder or file, or the folder of a finished run; for a model with two experts up to two of them",
+    )
     parser.add_argument("--prompt", action="append", help="what to generate; may be given several times")
+    parser.add_argument("--image", type=Path, action="append", help="first frame, one for each prompt or one for all")
     parser.add_argument("--out", type=Path, default=Path("samples"), help="folder for the videos (default: samples)")
     parser.add_argument("--base", help="base model folder, when it is not where it was in training")
     parser.add_argument("--compare", action="store_true", help="also without the adapter, on the same noise")
@@ -24,8 +32,9 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     for name, kind in (("frames", int), ("width", int), ("height", int), ("steps", int), ("guidance", float),
-                       ("negative", str), ("seed", int)):  # fmt: skip
-        parser.add_argument(f"--{name}", type=kind, help="default: as the training run's samples")
+                       ("guidance_low", float), ("negative", str), ("seed", int)):  # fmt: skip
+        help = "of the low expert" if name == "guidance_low" else "default: as the training run's samples"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=help)
     return parser.parse_args(argv)
 
 
@@ -36,9 +45,9 @@ def run(argv: Sequence[str]) -> int:
 
     quiet_libraries()
 
-    from weft.run.apply import apply_adapter
+    from weft.run.apply import apply_adapters
 
-    applied = apply_adapter(
+    applied = apply_adapters(
         arguments.adapter, arguments.base, arguments.device, arguments.precision, arguments.strength
     )
     if not applied.trained_here:
@@ -55,31 +64,50 @@ def settings(arguments: argparse.Namespace, trained: Mapping[str, Any]) -> dict[
     return {name: known[name] if value is None else value for name, value in given.items()}
 
 
+def prompts_of(arguments: argparse.Namespace, trained: Mapping[str, Any]) -> "list[Prompt]":
+    """The prompts with their images: from the command line, else from the training run. Raises ConfigError."""
+    from weft.errors import ConfigError
+    from weft.run.config import Prompt
+
+    images = arguments.image or [None]
+    if not arguments.prompt:
+        prompts = [Prompt.model_validate(prompt) for prompt in trained.get("samples", {}).get("prompts", ())]
+        if not prompts:
+            raise ConfigError("nothing to generate: the training run had no prompts either. Add --prompt 'TEXT'.")
+        if not arguments.image:
+            return prompts
+        texts = [prompt.text for prompt in prompts]
+    else:
+        texts = arguments.prompt
+    if len(images) not in (1, len(texts)):
+        raise ConfigError(f"--image: {len(images)} images for {len(texts)} prompts. Give one for each, or one for all.")
+    images = images * len(texts) if len(images) == 1 else images
+    return [Prompt(text=text, image=image) for text, image in zip(texts, images, strict=True)]
+
+
 def make_samples(applied: "Applied", arguments: argparse.Namespace) -> list[Path]:
     """The files: one video for each prompt (and one of the base), and a sheet of frames. Raises ConfigError."""
     from weft.data.media import contact_sheet, write_video
-    from weft.errors import ConfigError
-    from weft.run.sampling import Shot, check_shape, decoded, encode_prompts, generate
+    from weft.run.sampling import decoded, generate
+    from weft.run.shots import Shot, check_shots, encoded
 
     chosen = settings(arguments, applied.config)
-    prompts = arguments.prompt or applied.config.get("samples", {}).get("prompts")
-    if not prompts:
-        raise ConfigError("nothing to generate: the training run had no prompts either. Add --prompt 'TEXT'.")
-    geometry = applied.model.family.geometry()
+    family = applied.model.family
     seed = chosen.pop("seed")
-    shots: list[Shot] = [Shot(prompt=p, seed=seed + i, **chosen) for i, p in enumerate(prompts)]
-    check_shape(geometry, shots[0].frames, shots[0].width, shots[0].height, "--")
-    fps = arguments.fps or applied.config.get("data", {}).get("fps") or geometry.fps
-    text = encode_prompts(shots, applied.encoders)
+    prompts = prompts_of(arguments, applied.config)
+    shots = [Shot(prompt=p.text, image=p.image, seed=seed + i, **chosen) for i, p in enumerate(prompts)]
+    check_shots(family, shots, "--")
+    fps = arguments.fps or applied.config.get("data", {}).get("fps") or family.geometry().fps
+    told = encoded(shots, family, applied.encoders)
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows, files = [], []
-    for role in ("default", None) if arguments.compare else ("default",):
-        with applied.model.adapters.use(role):
-            latents = generate(applied.model, applied.engine, applied.model.family, shots, text)
+    for adapter in (True, False) if arguments.compare else (True,):
+        with applied.use(adapter):
+            latents = generate(applied.model, applied.engine, shots, told)
         for i, (shot, latent) in enumerate(zip(shots, latents, strict=True)):
             frames = decoded(latent, applied.encoders)
-            files.append(arguments.out / f"{i:02d}{'' if role else '_base'}.mp4")
+            files.append(arguments.out / f"{i:02d}{'' if adapter else '_base'}.mp4")
             write_video(files[-1], frames, fps)
-            rows.append((shot.prompt if role else f"base: {shot.prompt}", frames))
+            rows.append((shot.prompt if adapter else f"base: {shot.prompt}", frames))
     contact_sheet(rows, arguments.out / "sheet.png")
     return [*files, arguments.out / "sheet.png"]

@@ -1,4 +1,4 @@
-"""weft show: what an adapter, a checkpoint, a run or a model folder holds, from headers and small files alone."""
+"""weft show: what an adapter, a checkpoint, a run or a base model holds, from headers and small files alone."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -15,8 +15,12 @@ from weft.errors import ModelError, RunError, did_you_mean
 from weft.formats.describe import describe
 from weft.formats.header import read_header
 
+if TYPE_CHECKING:
+    from weft.families.sniff import Content
+
 Facts = dict[str, Any]
 
+KINDS = {"lora": "a LoRA", "loha": "a LoHa", "lokr": "a LoKr", "oft": "an OFT"}
 LONGEST = 100  # columns of a value; --json cuts nothing
 DTYPES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 ADAPTER_FILES = ("adapter_config.json", "pytorch_lora_weights.safetensors")
@@ -25,7 +29,7 @@ ADAPTER_FILES = ("adapter_config.json", "pytorch_lora_weights.safetensors")
 def run(argv: Sequence[str]) -> int:
     """Print what lies at a path."""
     parser = argparse.ArgumentParser(prog="weft show", description="Say what a file or folder holds.")
-    parser.add_argument("path", type=Path, help="an adapter, a checkpoint, a run folder or a model folder")
+    parser.add_argument("path", type=Path, help="an adapter, a checkpoint, a run, a model folder or weights")
     parser.add_argument("--json", action="store_true", help="all of it as one JSON object")
     arguments = parser.parse_args(argv)
     facts = facts_of(arguments.path)
@@ -43,6 +47,8 @@ def facts_of(path: Path) -> Facts:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = f" {did_you_mean(path.name, siblings)}" if siblings else ""
         raise ModelError(f"there is no '{path}' (in {Path.cwd()}).{near}")
+    if path.is_file() and (found := weight_file_facts(path)):
+        return found
     if path.is_file() or any((path / name).is_file() for name in ADAPTER_FILES):
         return adapter_facts(path)
     if (path / "manifest.json").is_file() and (path / "state.json").is_file():
@@ -51,6 +57,8 @@ def facts_of(path: Path) -> Facts:
         return run_facts(path)
     if (path / "model_index.json").is_file() or (path / "transformer" / "config.json").is_file():
         return model_facts(path)
+    if found := official_facts(path):
+        return found
     names = sorted(entry.name for entry in path.iterdir())
     inside = ", ".join(names[:5]) + (" and more" if len(names) > 5 else "") if names else "nothing"
     raise ModelError(f"{path} is no adapter, checkpoint, run or model folder. It holds {inside}.")
@@ -65,7 +73,7 @@ def adapter_facts(path: Path) -> Facts:
     config = _json(provenance.pop("config", ""))
     variant = [name for name, used in (("rslora", found.rslora), ("dora", found.dora)) if used]
     return {
-        "what": f"a LoRA in {found.format} format" + (f" ({', '.join(variant)})" if variant else ""),
+        "what": f"{KINDS[found.kind]} in {found.format} format" + (f" ({', '.join(variant)})" if variant else ""),
         "file": str(found.weights),
         "size": _size(found.size),
         "rank": found.rank,
@@ -100,7 +108,8 @@ def checkpoint_facts(folder: Path) -> Facts:
 def run_facts(folder: Path) -> Facts:
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     checkpoints = [path.name for path in _by_step(folder / "checkpoints")]
-    adapters = [path.name for path in _by_step(folder)] + ["adapter"] * (folder / "adapter").is_dir()
+    finished = sorted(path.name for path in folder.glob("adapter*") if path.is_dir())
+    adapters = [*(path.name for path in _by_step(folder)), *finished]
     return {
         "what": "a run",
         "name": config.get("name", folder.name),
@@ -142,6 +151,62 @@ def model_facts(folder: Path) -> Facts:
     return facts
 
 
+def weight_file_facts(path: Path) -> Facts:
+    """Of a file with the weights of a base model or one of its parts; nothing for other files."""
+    from weft.families.sniff import Tensors, content_of, header_of
+
+    if path.suffix in (".pth", ".pt"):
+        from weft.families.stored import entries_of
+
+        header = Tensors({name: (entry.dtype, entry.shape) for name, entry in entries_of(path).items()})
+    elif path.suffix in (".safetensors", ".gguf"):
+        header = header_of([path])
+    else:
+        return {}
+    content = content_of(header)
+    if content.kind == "adapter" or (content.kind == "unknown" and not content.foreign):
+        return {}
+    facts: Facts = {"what": str(content), "file": str(path), "size": _size(path.stat().st_size)}
+    facts |= {"parameters": content.numbers, "dtype": content.precision}
+    if content.naming:
+        facts["names"] = "of the makers" if content.naming == "official" else "of diffusers and transformers"
+    if content.kind == "network":
+        facts |= {"width": content.sizes.inner, "blocks": content.sizes.layers, "channels": content.sizes.channels}
+        facts["model"] = _released(content) or "none that Weft knows by its sizes"
+    return facts
+
+
+def _released(content: "Content") -> str:
+    """The models that a transformer can be of: an expert of Wan 2.2 has the shape of a Wan 2.1."""
+    from weft.families.sniff import released_name
+
+    alone, of_two = released_name(content, experts=1), released_name(content, experts=2)
+    if content.family == "hunyuan-video":
+        return alone or ""
+    return ", or ".join(filter(None, (alone, of_two and f"an expert of {of_two}")))
+
+
+def official_facts(folder: Path) -> Facts:
+    """Of a directory as the makers of a model publish it; nothing for other folders."""
+    from weft.families.layouts import HUNYUAN_FOLDER
+
+    wan = any((folder / f"{expert}_noise_model").is_dir() for expert in ("high", "low")) or any(
+        folder.glob("diffusion_pytorch_model*.safetensors")
+    )
+    if not wan and not (folder / HUNYUAN_FOLDER).is_dir():
+        return {}
+    from weft.families.checkpoint import KIND_OF_PART, open_checkpoint
+
+    checkpoint = open_checkpoint(str(folder), None, "wan" if wan else "hunyuan-video")
+    facts: Facts = {"what": "a base model in its makers' own layout"}
+    if checkpoint.has(checkpoint.first_network):
+        facts["model"] = checkpoint.facts.model or "none that Weft knows by its sizes"
+    for part in KIND_OF_PART:
+        if checkpoint.has(part):
+            facts[part] = str(checkpoint.content(part))
+    return facts
+
+
 def _weights(files: Sequence[Path]) -> str:
     headers = [read_header(path) for path in files]
     entries = [entry for header in headers for entry in header.tensors.values()]
@@ -161,8 +226,9 @@ def _patterns(paths: Sequence[str]) -> dict[str, int]:
 
 
 def _by_step(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob("global_step_*") if path.name.rpartition("_")[2].isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("_")[2]))
+    """Folders global_step_N and, of an expert, global_step_N_high, by their step."""
+    found = {path: path.name.split("_")[2] for path in folder.glob("global_step_*")}
+    return sorted((path for path in found if found[path].isdecimal()), key=lambda path: (int(found[path]), path.name))
 
 
 def _json(text: str) -> dict[str, Any]:

@@ -85,6 +85,9 @@ class _Translator:
 
     def problems(self, errors: list[Any]) -> Iterator[Problem]:
         spots = [(error, locate(self.model, error["loc"])) for error in errors]
+        # Pydantic leaves faulty items out and then finds the list too short as well.
+        faulty = {error["loc"][:depth] for error, _ in spots for depth in range(len(error["loc"]))}
+        spots = [(error, spot) for error, spot in spots if error["type"] != "too_short" or error["loc"] not in faulty]
         spots = [(error, spot) for error, spot in spots if not self._is_misspelt(error, spot, spots)]
         answered: set[KeyPath] = set()
         for error, spot in spots:

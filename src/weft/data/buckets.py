@@ -4,14 +4,12 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
+from typing import Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
 from weft.geometry import VideoGeometry
 from weft.section import Section
-
-# Among explicit sizes, one that cuts off this much more of the picture than the best still competes by its tokens.
-CROP_SLACK = 0.05
 
 
 @dataclass(frozen=True, order=True)
@@ -39,6 +37,12 @@ class Buckets(Section):
         default=(),
         description="Explicit (width, height) in pixels; a clip takes the one that cuts off least of its picture.",
     )
+    image_sides: tuple[PositiveInt, ...] = Field(
+        default=(), description="Nominal square sides for images; neither these nor image_sizes: those of videos."
+    )
+    image_sizes: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(
+        default=(), description="Explicit (width, height) for images."
+    )
     frames: tuple[PositiveInt, ...] = Field(
         min_length=1,
         description="Allowed frame counts of the form 4k+1, counted at the training fps; images always use 1.",
@@ -51,10 +55,25 @@ class Buckets(Section):
         description="Enlarge clips that are smaller than the bucket. If not, they keep a smaller size or are dropped.",
     )
 
+    choice: Literal["largest", "each_size", "each_frames", "each"] = Field(
+        default="largest",
+        description="Of the shapes that it can fill within the budget a clip takes the one of most tokens; or it is an "
+        "item in the best one of each size, in the best one of each frame count, or in all of them.",
+    )
+    crop_slack: float = Field(
+        default=0.05,
+        ge=0,
+        le=1,
+        description="Among explicit sizes, one that cuts off this share more of the picture than the best still "
+        "competes; 1 lets every clip be cut to every size.",
+    )
+
     @model_validator(mode="after")
     def _one_way_to_say_size(self) -> "Buckets":
         if bool(self.sides) == bool(self.sizes):
             raise ValueError("give exactly one of 'sides' (square sides, aspect kept) and 'sizes' (width, height)")
+        if self.image_sides and self.image_sizes:
+            raise ValueError("image_sides: give one of 'image_sides' and 'image_sizes', not both")
         return self
 
     def problems(self, geometry: VideoGeometry) -> list[str]:
@@ -68,7 +87,7 @@ class Buckets(Section):
                     f"{geometry.time_stride}k+1. The nearest are {below} and {below + geometry.time_stride}."
                 )
         m = geometry.side_multiple
-        for width, height in self.sizes:
+        for width, height in (*self.sizes, *self.image_sizes):
             if width % m or height % m:
                 near = f"{max(m, round(width / m) * m)}x{max(m, round(height / m) * m)}"
                 found.append(
@@ -77,7 +96,7 @@ class Buckets(Section):
                 )
         found += [
             f"buckets.sides: {side} is less than {m} pixels, the smallest side of this model. Use {m} or more."
-            for side in self.sides
+            for side in (*self.sides, *self.image_sides)
             if side < m
         ]
         return found
@@ -86,47 +105,68 @@ class Buckets(Section):
         self, frames: int, width: int, height: int, geometry: VideoGeometry, *, is_image: bool = False
     ) -> Bucket | None:
         """The admitted shape with most tokens for a clip of so many frames and pixels; ties go to more frames."""
-        shapes = self._shapes((1,) if is_image else self.frames, frames, width, height, geometry)
+        return next(iter(self._admitted(frames, width, height, geometry, is_image=is_image)), None)
+
+    def choices(
+        self, frames: int, width: int, height: int, geometry: VideoGeometry, *, is_image: bool = False
+    ) -> list[Bucket]:
+        """The shapes that `choice` gives a clip, those with most tokens first; empty when none is admitted."""
+        best: dict[object, Bucket] = {}
+        for bucket in self._admitted(frames, width, height, geometry, is_image=is_image):
+            size = (bucket.width, bucket.height)
+            one_of = {"largest": None, "each_size": size, "each_frames": bucket.frames, "each": bucket}[self.choice]
+            best.setdefault(one_of, bucket)
+        return list(best.values())
+
+    def _admitted(
+        self, frames: int, width: int, height: int, geometry: VideoGeometry, *, is_image: bool
+    ) -> list[Bucket]:
+        """Every shape that the clip can fill within the budget, best first."""
+        shapes = self._shapes(frames, width, height, geometry, is_image=is_image)
         admitted = [b for b in shapes if self.token_budget is None or b.tokens <= self.token_budget]
         # The last of the three decides between a landscape and a portrait size of equal cost.
-        rank = [(b.tokens, b.frames, kept_share(width, height, b.width, b.height)) for b in admitted]
-        return admitted[rank.index(max(rank))] if admitted else None
+        return sorted(
+            admitted, key=lambda b: (b.tokens, b.frames, kept_share(width, height, b.width, b.height)), reverse=True
+        )
 
     def why_not(self, frames: int, width: int, height: int, geometry: VideoGeometry, *, is_image: bool = False) -> str:
         """The reason, as a sentence, why `choose` finds nothing."""
-        counts = (1,) if is_image else self.frames
-        if frames < min(counts):
-            return f"It has {frames} frames at the training rate; the shortest bucket has {min(counts)}."
-        shapes = self._shapes(counts, frames, width, height, geometry)
+        if not is_image and frames < min(self.frames):
+            return f"It has {frames} frames at the training rate; the shortest bucket has {min(self.frames)}."
+        shapes = self._shapes(frames, width, height, geometry, is_image=is_image)
         if not shapes:
-            m = geometry.side_multiple
-            least_w, least_h = min(self.sizes, key=lambda size: size[0] * size[1]) if self.sizes else (m, m)
+            m, (_, sizes) = geometry.side_multiple, self._for(is_image)
+            least_w, least_h = min(sizes, key=lambda size: size[0] * size[1]) if sizes else (m, m)
             return (
                 f"{width}x{height} is smaller than the smallest size {least_w}x{least_h}, and buckets.upscale is off."
             )
         least = min(shapes, key=lambda b: b.tokens)
         return f"Its cheapest shape {least} has {least.tokens:,} tokens, above token_budget {self.token_budget:,}."
 
-    def _shapes(
-        self, counts: Sequence[int], frames: int, width: int, height: int, geometry: VideoGeometry
-    ) -> list[Bucket]:
+    def _shapes(self, frames: int, width: int, height: int, geometry: VideoGeometry, *, is_image: bool) -> list[Bucket]:
         """Every shape that the clip can fill, over the budget or not."""
         return [
             Bucket(count, h, w, geometry.tokens(count, h, w))
-            for w, h in self._sizes(width, height, geometry)
-            for count in counts
+            for w, h in self._pictures(width, height, geometry, is_image)
+            for count in ((1,) if is_image else self.frames)
             if count <= frames
         ]
 
-    def _sizes(self, width: int, height: int, geometry: VideoGeometry) -> list[tuple[int, int]]:
+    def _for(self, is_image: bool) -> tuple[Sequence[int], Sequence[tuple[int, int]]]:
+        """(sides, sizes), one of them empty, for an image or a video."""
+        own = (self.image_sides, self.image_sizes)
+        return own if is_image and any(own) else (self.sides, self.sizes)
+
+    def _pictures(self, width: int, height: int, geometry: VideoGeometry, is_image: bool) -> list[tuple[int, int]]:
         """(width, height) of the pictures that may be cut out of one of width x height."""
-        if self.sides:
+        sides, sizes = self._for(is_image)
+        if sides:
             room = None if self.upscale else (width, height)
-            found = [size_of_area(side, width / height, geometry.side_multiple, room) for side in self.sides]
-            return [size for size in found if size is not None]
-        fitting = [(w, h) for w, h in self.sizes if self.upscale or (w <= width and h <= height)]
+            found = [size_of_area(side, width / height, geometry.side_multiple, room) for side in sides]
+            return [size for size in dict.fromkeys(found) if size is not None]
+        fitting = [(w, h) for w, h in sizes if self.upscale or (w <= width and h <= height)]
         best = max((kept_share(width, height, w, h) for w, h in fitting), default=0.0)
-        return [(w, h) for w, h in fitting if kept_share(width, height, w, h) >= best - CROP_SLACK]
+        return [(w, h) for w, h in fitting if kept_share(width, height, w, h) >= best - self.crop_slack]
 
 
 def kept_share(width: int, height: int, new_width: int, new_height: int) -> float:

@@ -1,10 +1,11 @@
-"""Cache entries as files: one checked tensor in each, written whole or not at all, named by what it was made of."""
+"""Cache entries as files: tensors under their names, checked, written whole or not at all, named by what made them."""
 
 import hashlib
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,34 +27,37 @@ def entry_path(folder: Path, kind: str, *parts: str) -> Path:
     return folder / kind / name[:2] / f"{name}.safetensors"
 
 
-def write_entry(path: Path, kind: str, tensor: Tensor, about: str) -> None:
-    """Write one tensor. about: what it is of, for people who look into the file."""
-    write_whole(path, safetensors.torch.save({kind: tensor}, metadata={"about": about, "sha256": digest(tensor)}))
+def write_entry(path: Path, tensors: Mapping[str, Tensor], about: str) -> None:
+    """Write named tensors. about: what they are of, for people who look into the file."""
+    metadata = {"about": about, "sha256": digest(tensors)}
+    write_whole(path, safetensors.torch.save(dict(tensors), metadata=metadata))
 
 
-def read_entry(path: Path, kind: str) -> Tensor | None:
-    """The tensor of an entry; None when the file is not there, torn, or not what was written.
+def read_entry(path: Path) -> dict[str, Tensor] | None:
+    """The tensors of an entry; None when the file is not there, torn, or not what was written.
 
     The bytes are copied, not mapped: a mapped file that another process truncates ends this one by a bus error.
     """
     try:
         payload = path.read_bytes()
-        tensor = safetensors.torch.load(payload)[kind]
+        tensors = safetensors.torch.load(payload)
         written = header_of(io.BytesIO(payload))["__metadata__"]["sha256"]
     except UNFIT:
         return None
-    return tensor if written == digest(tensor) else None
+    return tensors if written == digest(tensors) else None
 
 
-def is_sound(path: Path, kind: str, shape: Sequence[int] | None = None) -> bool:
-    """Whether an entry is whole by its header, and of the shape. Its data is checked when it is read."""
+def is_sound(path: Path, name: str, shape: Sequence[int] | None = None) -> bool:
+    """Whether an entry is whole by its header, with a tensor of this name and shape. Its data is checked when read."""
     try:
         with path.open("rb") as file:
-            entry = header_of(file)[kind]
-            whole = file.tell() + entry["data_offsets"][1] == os.fstat(file.fileno()).st_size
+            tensors = {key: value for key, value in header_of(file).items() if key != "__metadata__"}
+            end = max(entry["data_offsets"][1] for entry in tensors.values())
+            whole = file.tell() + end == os.fstat(file.fileno()).st_size
+            found = tensors[name]["shape"]
     except UNFIT:
         return False
-    return whole and (shape is None or entry["shape"] == list(shape))
+    return whole and (shape is None or found == list(shape))
 
 
 def header_of(file: BinaryIO) -> dict[str, Any]:
@@ -64,9 +68,12 @@ def header_of(file: BinaryIO) -> dict[str, Any]:
     return json.loads(file.read(size))
 
 
-def digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes: safetensors itself would not see a flipped bit."""
-    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the tensors' bytes in the order of their names: safetensors itself would not see a flipped bit."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 class ContentHashes:
@@ -94,6 +101,11 @@ class ContentHashes:
         except OSError as error:
             raise DataError(f"{path} was there for the survey and cannot be read now: {error.strerror}.") from error
         return str(known[2])
+
+    def learn(self, paths: Iterable[Path], workers: int) -> None:
+        """Hash files at once that are not known yet. Raises DataError when one has gone."""
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(self.of, paths))
 
     def save(self) -> None:
         """Write the memo if it has grown. Of two processes the later wins; the loser's files are read once more."""

@@ -1,15 +1,15 @@
 """Batches of latents and texts: drawn in an order that the seed fixes, padded, prepared one thread ahead."""
 
-import queue
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 
 import torch
 from torch import Tensor
 
 from weft.contracts import Batch, Encoders
+from weft.data.ahead import ahead
 from weft.data.cache import Store
 from weft.data.encoding import EMPTY_CAPTION
 from weft.data.sampler import BucketSampler, chance, global_draw
@@ -18,17 +18,21 @@ from weft.errors import DataError
 from weft.events import Listener
 
 BATCHES_AHEAD = 3
-OFFER_SECONDS = 0.1
-CLOSE_SECONDS = 5.0  # patience with a batch in the making; the thread is a daemon and ends after it
+FRAMEWISE = ("latents", "image")  # tensors of a clip that are (C, F, H, W)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Draws:
-    """How items are drawn. caption_dropout: the share that trains on the empty caption."""
+    """How items are drawn. caption_dropout: the share that trains on the empty caption.
+
+    random_frames: the share of batches that are cut to a shorter length, drawn from latent_frames.
+    """
 
     batch_size: int
     seed: int
     caption_dropout: float
+    random_frames: float = 0.0
+    latent_frames: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,23 +56,45 @@ class VideoExperience:
     def batches(self, start: int, rank: int, world: int) -> Iterator[Batch]:
         """Micro-batches of one rank from the start-th on; the next few are loaded in the background.
 
-        Each holds latents (B, C, F, H, W), text (B, L, D) padded with zeros, and text_mask (B, L), True where text is.
+        Each holds latents (B, C, F, H, W), text (B, L, D) padded with zeros, text_mask (B, L), True where text is, and
+        what the encoders give beside them.
         Raises DataError that names a clip which can no longer be loaded.
         """
         sampler = BucketSampler(grouped(self.clips), self.draws.batch_size, self.draws.seed)
         draws = (global_draw(micro_batch, rank, world) for micro_batch in count(start))
-        return ahead((self.batch(sampler, draw) for draw in draws), BATCHES_AHEAD)
+        return ahead(self._drawn(sampler, draws), BATCHES_AHEAD)
 
-    def batch(self, sampler: BucketSampler, draw: int) -> Batch:
+    def _drawn(self, sampler: BucketSampler, draws: Iterator[int]) -> Iterator[Batch]:
+        """The batches of the draws; the store hears of the clips of the next ones."""
+        coming: deque[tuple[int, list[Clip]]] = deque()
+        while True:
+            for draw in islice(draws, BATCHES_AHEAD - len(coming)):
+                clips = [self.clips[i] for i in sampler.batch_indices(draw)]
+                self.store.expect(clips)
+                coming.append((draw, clips))
+            draw, clips = coming.popleft()
+            yield self._batch(draw, clips)
+
+    def _batch(self, draw: int, clips: Sequence[Clip]) -> Batch:
         """The draw-th batch of the run, counted over all ranks."""
-        clips = [self.clips[i] for i in sampler.batch_indices(draw)]
         captions = [self._caption(clip, draw, i) for i, clip in enumerate(clips)]
-        return collated(clips, [self.store.latents(c) for c in clips], [self.store.text(c) for c in captions])
+        shown = [self.store.clip(clip) for clip in clips]
+        length = self._length(draw, shown[0]["latents"].shape[1])
+        return collated(clips, [cut(tensors, length) for tensors in shown], [self.store.text(c) for c in captions])
 
     def _caption(self, clip: Clip, draw: int, place: int) -> str:
-        """The clip's caption, or the empty one where the dice of (seed, draw, place) say so."""
-        dropped = chance(self.draws.seed, "caption", draw, place) < self.draws.caption_dropout
-        return EMPTY_CAPTION if dropped else clip.caption
+        """One of the clip's captions, or the empty one where the dice of (seed, draw, place) say so."""
+        seed = self.draws.seed
+        if chance(seed, "caption", draw, place) < self.draws.caption_dropout:
+            return EMPTY_CAPTION
+        return clip.captions[int(chance(seed, "which caption", draw, place) * len(clip.captions))]
+
+    def _length(self, draw: int, frames: int) -> int:
+        """Latent frames that are kept of a batch that has so many."""
+        seed, shorter = self.draws.seed, [length for length in self.draws.latent_frames if length < frames]
+        if not shorter or chance(seed, "cut", draw) >= self.draws.random_frames:
+            return frames
+        return shorter[int(chance(seed, "length", draw) * len(shorter))]
 
 
 @dataclass(frozen=True)
@@ -87,10 +113,10 @@ class VideoDataset:
         failed = [FailedItem(clip.key, clip.reason) for clip in self.survey.unreadable if clip.split == "validation"]
         size = self.train.draws.batch_size
         clips = sorted(self.survey.validation, key=lambda clip: (bucket_of(clip), clip.key))
-        loaded: list[tuple[Clip, Tensor]] = []
+        loaded: list[tuple[Clip, Mapping[str, Tensor]]] = []
         for clip in clips:
             try:
-                loaded.append((clip, self.store.latents(clip)))
+                loaded.append((clip, self.store.clip(clip)))
             except DataError as error:
                 failed.append(FailedItem(clip.key, str(error)))
         batches = []
@@ -98,7 +124,7 @@ class VideoDataset:
             for first in range(0, len(group), size):
                 chosen = [loaded[i] for i in group[first : first + size]]
                 texts = [self.store.text(clip.caption) for clip, _ in chosen]
-                batches.append(collated([clip for clip, _ in chosen], [latents for _, latents in chosen], texts))
+                batches.append(collated([clip for clip, _ in chosen], [tensors for _, tensors in chosen], texts))
         return batches, failed
 
 
@@ -122,11 +148,25 @@ def grouped(clips: Sequence[Clip]) -> list[list[int]]:
     return list(groups.values())
 
 
-def collated(clips: Sequence[Clip], latents: Sequence[Tensor], texts: Sequence[Tensor]) -> Batch:
-    """One batch of clips of one bucket with the latents (C, F, H, W) and the text (L_i, D) of each."""
-    text, mask = padded(texts)
-    tensors = {"latents": torch.stack(list(latents)), "text": text, "text_mask": mask}
+def collated(
+    clips: Sequence[Clip], shown: Sequence[Mapping[str, Tensor]], told: Sequence[Mapping[str, Tensor]]
+) -> Batch:
+    """One batch of clips of one bucket. shown: of each clip the latents (C, F, H, W) and what stands beside them; told:
+    of each caption the text (L_i, D) and what stands beside it."""
+    text, mask = padded([tensors["text"] for tensors in told])
+    beside = [{name: tensor for name, tensor in tensors.items() if name != "text"} for tensors in told]
+    tensors = {**stacked(shown), **stacked(beside), "text": text, "text_mask": mask}
     return Batch(tensors, tuple(clip.key for clip in clips))
+
+
+def cut(tensors: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
+    """The first latent frames of a clip: what a causal autoencoder gives for the shorter clip."""
+    return {name: tensor[:, :length] if name in FRAMEWISE else tensor for name, tensor in tensors.items()}
+
+
+def stacked(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors of one shape under each name, as fp32 (B, ...)."""
+    return {name: torch.stack([tensors[name].float() for tensors in items]) for name in items[0]}
 
 
 def padded(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -138,38 +178,3 @@ def padded(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         padded[i, : len(text)] = text.float()
         mask[i, : len(text)] = True
     return padded, mask
-
-
-def ahead(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:
-    """The same batches, up to `depth` of them made in advance by one thread, whose errors are raised here."""
-    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
-    closed = threading.Event()
-
-    def offer(item: Batch | BaseException | None) -> bool:
-        while not closed.is_set():  # never waits for ever on a consumer that has gone
-            try:
-                ready.put(item, timeout=OFFER_SECONDS)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            for batch in batches:
-                if not offer(batch):
-                    return
-            offer(None)
-        except BaseException as error:
-            offer(error)
-
-    thread = threading.Thread(target=work, name="weft-loader", daemon=True)
-    thread.start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        closed.set()
-        thread.join(CLOSE_SECONDS)

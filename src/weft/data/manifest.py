@@ -2,8 +2,9 @@
 
 import csv
 import json
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ PATH_KEYS = ("file_path", "video", "image", "path", "video_path", "image_path")
 CAPTION_KEYS = ("text", "caption", "prompt")
 # Other trainers write width and height to save a probe. They are measured here, so both are read over.
 KNOWN_KEYS = (*PATH_KEYS, *CAPTION_KEYS, "type", "width", "height")
+# Of VideoX-Fun and musubi; what they bring is not trained on, and the user is told.
+UNUSED_KEYS = re.compile(r"(control|object)_file_path|control_path(_\d+)?|image_path_\d+")
 PROBLEMS_SHOWN = 20
 
 
@@ -29,20 +32,30 @@ class Entry:
     key: str
     path: Path
     media: Media
-    caption: str | None  # None when there is none
+    captions: tuple[str, ...]  # empty when there is none
     place: str
     problem: str = ""  # why it can be told already that the clip cannot be read
 
 
+@dataclass(frozen=True)
+class Listed:
+    """What a source names, and what the user should know of it."""
+
+    entries: list[Entry]
+    notices: tuple[str, ...] = ()
+
+
 @dataclass
 class Findings:
-    """What the rows of one manifest gave: entries, and every problem under its line."""
+    """What the rows of one manifest gave: entries, and every problem under its line. root: where paths count from."""
 
     manifest: Path
+    root: Path
     entries: list[Entry] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     seen: dict[Path, str] = field(default_factory=dict)
     unknown: dict[str, list[int]] = field(default_factory=dict)  # key -> lines
+    unused: dict[str, list[int]] = field(default_factory=dict)
 
     def place(self, line: int) -> str:
         return f"{self.manifest}, line {line}"
@@ -51,15 +64,21 @@ class Findings:
         self.problems.append(f"{self.place(line)}: {problem}")
 
 
-def read_source(path: Path, caption_extension: str = ".txt") -> list[Entry]:
-    """All entries of a folder or a manifest, in a stable order. Raises DataError with every problem of a manifest."""
-    if path.is_dir():
-        return folder_entries(path, caption_extension)
+def read_source(
+    path: Path, caption_extension: str = ".txt", root: Path | None = None, only: Media | None = None
+) -> Listed:
+    """All entries of a folder or a manifest, in a stable order. root: where a manifest's paths count from, if not from
+    its folder. only: the kind that is taken. Raises DataError with every problem of a manifest."""
     if not path.exists():
         raise DataError(f"data.sources: there is no '{path}'. Paths count from the working directory, {Path.cwd()}.")
-    if path.suffix.lower() not in MANIFEST_ENDINGS:
-        raise DataError(f"data.sources: '{path}' is neither a folder nor a {', '.join(MANIFEST_ENDINGS)} manifest.")
-    return manifest_entries(path)
+    if path.is_dir():
+        listed = Listed(folder_entries(path, caption_extension))
+    elif path.suffix.lower() in MANIFEST_ENDINGS:
+        listed = manifest_entries(path, root or path.parent)
+    else:
+        endings = ", ".join(MANIFEST_ENDINGS)
+        raise DataError(f"data.sources: '{path}' is no folder, no manifest ({endings}) and no musubi dataset (.toml).")
+    return listed if only is None else replace(listed, entries=[e for e in listed.entries if e.media == only])
 
 
 def folder_entries(folder: Path, caption_extension: str) -> list[Entry]:
@@ -71,7 +90,9 @@ def folder_entries(folder: Path, caption_extension: str) -> list[Entry]:
             continue
         sidecar = path.with_suffix(caption_extension)
         caption = sidecar.read_text("utf-8-sig", errors="replace").strip() if sidecar.is_file() else ""
-        entries.append(Entry(path.relative_to(folder).as_posix(), path, media, caption or None, f"{path}"))
+        entries.append(
+            Entry(path.relative_to(folder).as_posix(), path, media, (caption,) if caption else (), f"{path}")
+        )
     return entries
 
 
@@ -81,22 +102,29 @@ def media_of(path: Path) -> Media | None:
     return "video" if ending in VIDEO_ENDINGS else "image" if ending in IMAGE_ENDINGS else None
 
 
-def manifest_entries(manifest: Path) -> list[Entry]:
+def manifest_entries(manifest: Path, root: Path) -> Listed:
     """The entries of a manifest. Raises DataError with all its problems, each with its line."""
-    found = Findings(manifest)
+    found = Findings(manifest, root)
     rows = {".jsonl": jsonl_rows, ".csv": csv_rows, ".json": json_rows}[manifest.suffix.lower()]
     for line, row in rows(found):
         _read_row(found, line, row)
     for key, lines in found.unknown.items():
-        also = f" (and {len(lines) - 1} more lines)" if len(lines) > 1 else ""
         near = nearest(key, KNOWN_KEYS)
         advice = f"Did you mean '{near[0]}'?" if near else f"Known keys: {', '.join(KNOWN_KEYS)}."
-        found.refuse(lines[0], f"there is no key '{key}'{also}. {advice}")
+        found.refuse(lines[0], f"there is no key '{key}'{_more(lines)}. {advice}")
     if found.problems:
         more = len(found.problems) - PROBLEMS_SHOWN
         rest = [f"... and {more} more problems in {manifest}."] if more > 0 else []
         raise DataError("\n".join(found.problems[:PROBLEMS_SHOWN] + rest))
-    return found.entries
+    unused = [
+        f"{found.place(lines[0])}: '{key}' is not used{_more(lines)}: Weft trains without control signals."
+        for key, lines in found.unused.items()
+    ]
+    return Listed(found.entries, tuple(unused))
+
+
+def _more(lines: list[int]) -> str:
+    return f" (and in {len(lines) - 1} more lines)" if len(lines) > 1 else ""
 
 
 def jsonl_rows(found: Findings) -> Iterator[tuple[int, Any]]:
@@ -164,16 +192,21 @@ def _read_row(found: Findings, line: int, row: Any) -> None:
         found.refuse(line, f"expected an object with '{PATH_KEYS[0]}' and 'text', found {json.dumps(row)[:40]}.")
         return
     for key in row:
-        if key not in KNOWN_KEYS:
+        if UNUSED_KEYS.fullmatch(key):
+            found.unused.setdefault(key, []).append(line)
+        elif key not in KNOWN_KEYS:
             found.unknown.setdefault(key, []).append(line)
     named = [(key, row[key]) for key in PATH_KEYS if row.get(key)]
-    captions = [(key, row[key]) for key in CAPTION_KEYS if row.get(key) is not None]
+    told = [(key, row[key]) for key in CAPTION_KEYS if row.get(key) is not None]
+    lists = [(key, text) for key, value in told for text in (value if isinstance(value, list) else [value])]
     if not _is_one_text(found, line, named, "a path", PATH_KEYS, least=1):
         return
-    if not _is_one_text(found, line, captions, "a caption", CAPTION_KEYS, least=0):
+    if not all(_is_one_text(found, line, [text], "a caption", CAPTION_KEYS, least=0) for text in lists[1:]):
+        return
+    if not _is_one_text(found, line, lists[:1] if len(told) < 2 else told, "a caption", CAPTION_KEYS, least=0):
         return
     key, name = named[0]
-    path = found.manifest.parent / name
+    path = found.root / name
     media = _row_media(found, line, path, row.get("type"))
     if media is None:
         return
@@ -182,11 +215,12 @@ def _read_row(found: Findings, line: int, row: Any) -> None:
         found.refuse(line, f"{name} stands in {found.seen[whole]} already. Keep one, or weigh a source by 'repeats'.")
         return
     found.seen[whole] = f"line {line}"
-    lost = f"'{key}' is {name}, and there is no such file. Paths count from the manifest's folder."
+    origin = "the manifest's folder" if found.root == found.manifest.parent else f"the source's root, {found.root}"
+    lost = f"'{key}' is {name}, and there is no such file. Paths count from {origin}."
     place = found.place(line)
-    caption = captions[0][1].strip() if captions else ""
+    captions = tuple(filter(None, (text.strip() for _, text in lists)))
     problem = "" if path.exists() else f"{place}: {lost}"
-    found.entries.append(Entry(Path(name).as_posix(), path, media, caption or None, place, problem))
+    found.entries.append(Entry(Path(name).as_posix(), path, media, captions, place, problem))
 
 
 def _is_one_text(

@@ -1,9 +1,10 @@
 """Files of pictures: probe them, read them at a frame rate and a size, write them. PyAV, Pillow, numpy; no torch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import cache
 from math import ceil
 from pathlib import Path
 
@@ -40,17 +41,39 @@ class Probe:
 
     def frames_at(self, fps: float) -> int:
         """How many times i/fps, i = 0, 1, ..., lie before the end; never less than one."""
-        return max(1, ceil((self.duration - self.tolerance) * exact_fps(fps)))
+        return self.frames_at_rate(exact_fps(fps))
+
+    def frames_at_rate(self, rate: Fraction) -> int:
+        return max(1, ceil((self.duration - self.tolerance) * rate))
+
+    def declared(self, fps: float) -> "Probe":
+        """The same frames, evenly spaced at this rate, whatever the container says."""
+        return replace(self, fps=fps, duration=self.frames / exact_fps(fps), tolerance=Fraction(0))
 
 
 @dataclass(frozen=True)
 class Cut:
-    """The part of a clip that is used: frames at fps from its start, covering height x width pixels."""
+    """The part of a clip that is used: so many frames at a rate, covering height x width pixels.
+
+    stride: every stride-th frame at fps. start: of these the first that is used. declared_fps: the file's own rate,
+    where its timestamps are not to be believed.
+    """
 
     fps: float
     frames: int
     height: int
     width: int
+    start: int = 0
+    stride: int = 1
+    declared_fps: float | None = None
+
+    @property
+    def rate(self) -> Fraction:
+        return exact_fps(self.fps) / self.stride
+
+    @property
+    def end(self) -> int:
+        return self.start + self.frames
 
 
 def exact_fps(fps: float) -> Fraction:
@@ -179,22 +202,67 @@ def _refuse_empty(path: Path) -> None:
 
 
 def read_video(path: Path, cut: Cut) -> np.ndarray:
-    """Frames (F, H, W, 3) uint8: the i-th is the source frame that is shown at time i/fps.
+    """Frames (F, H, W, 3) uint8: the i-th is the source frame that is shown at the i-th time of the cut.
 
     Source frames are dropped and shown twice as their timestamps ask. Raises DataError when the clip ends early.
     """
-    rate = exact_fps(cut.fps)
-    taken: list[np.ndarray] = []
+    ((_, frames),) = read_cuts(path, [cut])
+    return frames
+
+
+@dataclass
+class _Window:
+    """A cut in the making."""
+
+    place: int
+    cut: Cut
+    taken: list[np.ndarray] = field(default_factory=list)
+
+
+def read_cuts(path: Path, cuts: Sequence[Cut]) -> Iterator[tuple[int, np.ndarray]]:
+    """(place among the cuts, frames) of each as soon as it is whole; the file is decoded once, and no further than
+    needed.
+
+    The cuts have one rate. Overlapping ones of one size share their pictures until they are whole. Raises DataError
+    when the clip ends early, after those that are whole.
+    """
+    first = cuts[0]
+    assert len({(cut.rate, cut.declared_fps) for cut in cuts}) == 1, "the cuts of one reading have one rate"
+    waiting = sorted((_Window(place, cut) for place, cut in enumerate(cuts)), key=lambda w: (w.cut.start, w.cut.end))
     with _opened(path) as (container, stream):
-        tolerance = _tolerance(stream)
-        for frame, until in _shown_until(container, stream, path):
-            count = min(cut.frames, max(0, ceil((until - tolerance) * rate))) - len(taken)
-            if count > 0:
-                picture = covering(_upright(frame), cut.width, cut.height, _pixel_aspect(stream, frame))
-                taken += [picture] * count
-            if len(taken) == cut.frames:
-                return np.stack(taken)
-    raise DataError(f"{path} ends after {len(taken)} of {cut.frames} frames at {cut.fps:g} fps; it is damaged.")
+        tolerance = Fraction(0) if first.declared_fps else _tolerance(stream)
+        shown = 0  # times of the rate that lie behind
+        for number, (frame, until) in enumerate(_shown_until(container, stream, path)):
+            ends = (number + 1) / exact_fps(first.declared_fps) if first.declared_fps else until
+            before, shown = shown, max(shown, ceil((ends - tolerance) * first.rate))
+            for window in _fed(waiting, before, shown, _pictures(frame, _pixel_aspect(stream, frame))):
+                yield window.place, np.stack(window.taken)
+            waiting = [window for window in waiting if len(window.taken) < window.cut.frames]
+            if not waiting:
+                return
+    lost = waiting[0]
+    rate, needed = f"{float(first.rate):g} fps", lost.cut.end
+    raise DataError(f"{path} ends after {shown} of {needed} frames at {rate}; it is damaged.")
+
+
+def _fed(waiting: Sequence[_Window], before: int, shown: int, picture: Callable[[Cut], np.ndarray]) -> list[_Window]:
+    """The windows that are whole once the frame that stands at the times before .. shown - 1 has been given to all."""
+    whole = []
+    for window in waiting:
+        if window.cut.start >= shown:
+            break
+        count = min(window.cut.end, shown) - max(window.cut.start, before)
+        if count > 0:
+            window.taken += [picture(window.cut)] * count
+            whole += [window] if len(window.taken) == window.cut.frames else []
+    return whole
+
+
+def _pictures(frame: VideoFrame, pixel_aspect: Fraction) -> Callable[[Cut], np.ndarray]:
+    """The frame as a cut asks for it; converted only when it is asked for, and once for each size."""
+    upright = cache(lambda: _upright(frame))
+    sized = cache(lambda width, height: covering(upright(), width, height, pixel_aspect))
+    return lambda cut: sized(cut.width, cut.height)
 
 
 def _shown_until(container: InputContainer, stream: VideoStream, path: Path) -> Iterator[tuple[VideoFrame, Fraction]]:

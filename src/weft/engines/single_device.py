@@ -1,18 +1,32 @@
 """The engine of one process: placement, autocast, loss scaling, recomputation, clipping, and the guard of each step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
-from torch.utils.checkpoint import checkpoint
 
-from weft.contracts import Batch, Stepped
-from weft.engines.transfer import verified_copy
+from weft.contracts import Batch, Put, Stepped
+from weft.engines.offload import Inputs
+from weft.engines.recompute import recompute
+from weft.engines.residency import (
+    RING,
+    Parcel,
+    Residence,
+    Ring,
+    frozen_by_block,
+    memory_of,
+    parcelled,
+    streamed_blocks,
+    tensors_of,
+    together,
+)
+from weft.engines.streaming import Stream, Turns
+from weft.engines.transfer import through_clone, verified_copy
 from weft.errors import ConfigError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -25,16 +39,19 @@ class SingleEngine:
     rank = 0
     world = 1
 
-    def __init__(self, device: torch.device, precision: str, recompute: bool, verify: bool) -> None:
+    def __init__(self, device: torch.device, precision: str, residence: Residence | None = None) -> None:
         self.device = device
         self.precision = precision
-        self.recompute = recompute
-        self.verify = verify
-        self.can = frozenset({"roles"} | (set() if recompute else {"functional"}))
+        self.residence = residence = residence or Residence()
+        self.can = frozenset({"roles"} | (set() if residence.recompute else {"functional"}))
         self.scaler = GradScaler(device.type, enabled=precision == "fp16")
+        self.ring = Ring(device, min(RING, residence.stream_blocks), residence.verified)
+        self.inputs = Inputs(device, residence.pinned) if residence.offload_inputs else None
+        self.streams: WeakSet[Stream] = WeakSet()  # one of each network; it lives as long
+        self._parked: set[int] = set()  # addresses of weights that were left in host memory for another expert's turn
 
     @classmethod
-    def open(cls, device: str, precision: str, recompute: bool, verify: bool) -> "SingleEngine":
+    def open(cls, device: str, precision: str, residence: Residence | None = None) -> "SingleEngine":
         """Raises ConfigError when the device is not there."""
         chosen = torch.device(best_device() if device == "auto" else device)
         if chosen.type == "cuda" and not torch.cuda.is_available():
@@ -43,26 +60,82 @@ class SingleEngine:
             raise ConfigError(f"engine.device: '{device}' is not there; {torch.cuda.device_count()} GPUs are visible.")
         if chosen.type == "mps" and not torch.backends.mps.is_available():
             raise ConfigError("engine.device: 'mps' was asked for, but this is no Mac with Metal. Use auto or cpu.")
-        return cls(chosen, best_precision(chosen) if precision == "auto" else precision, recompute, verify)
+        return cls(chosen, best_precision(chosen) if precision == "auto" else precision, residence)
 
     def carry(self, module: nn.Module) -> nn.Module:
-        if self.verify:
+        if self.residence.verified:
             for tensor in [*module.parameters(), *module.buffers()]:
                 tensor.data = verified_copy(tensor.data, self.device)
         return module.to(self.device)
 
+    def berth(self, number: int) -> Put:
+        """On the device; in host memory the weights of streamed blocks and, unless experts are surely together, of all
+        networks after the first."""
+        residence = self.residence
+        undecided = residence.experts == "auto" and memory_of(self.device) is not None
+        later = number > 0 and (residence.experts == "one" or undecided)
+
+        def put(tensor: Tensor, block: int | None, blocks: int) -> Tensor:
+            if block in streamed_blocks(blocks, residence.stream_blocks):
+                return tensor.cpu()
+            if later:
+                parked = tensor.cpu()
+                self._parked.add(parked.data_ptr())
+                return parked
+            return self._moved(tensor)
+
+        return put
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        """The tensor on the device. ROCm never copies straight from a mapped file: there it hangs or lies."""
+        if self.residence.verified:
+            return verified_copy(tensor, self.device)
+        if torch.version.hip and tensor.device.type == "cpu" and self.device.type == "cuda":
+            return through_clone(tensor, self.device)
+        return tensor.to(self.device)
+
     def place(self, network: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
-        """Carry a network to the device; wrap its blocks for recomputation where that was asked for."""
-        network = self.carry(network)
-        if self.recompute:
-            for block in blocks:
-                # Not reentrant: a frozen base gives inputs without gradients, and reentrant recomputation would then
-                # return no gradient to the adapters, silently.
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        """Bring to the device what is not there yet and does not wait in host memory; make blocks recompute and
+        stream where that was asked for. Raises ConfigError when more blocks are to be streamed than can be."""
+        frozen = frozen_by_block(network, blocks)
+        numbers = streamed_blocks(len(blocks), self.residence.stream_blocks)
+        stream = Stream({i: Parcel(frozen[i], self._pins) for i in numbers}, self.ring)
+        self.streams.add(stream)
+        for tensor in tensors_of(network):
+            parked = bool(self._parked) and not tensor.requires_grad and tensor.data_ptr() in self._parked
+            if not parked and id(tensor) not in stream.tensors:
+                tensor.data = self._moved(tensor.data)
+        if self.residence.recompute:
+            for number, block in enumerate(blocks):
+                recompute(block, stream.entrance(number), self.inputs)
         return network
 
+    @property
+    def _pins(self) -> bool:
+        return self.residence.pinned and self.device.type == "cuda"
+
+    def alternate(self, networks: Mapping[str, nn.Module]) -> Callable[[str], None]:
+        """Keep all networks on the device, or give each its turn there: see `together`."""
+        streaming = {number for stream in self.streams for number in stream.tensors}
+        frozen = {name: [t for t in frozen_by_block(network, ())[None] if id(t) not in streaming]
+                  for name, network in networks.items()}  # fmt: skip
+        weights = sum(t.nbytes for own in frozen.values() for t in own)
+        if together(self.residence.experts, weights, memory_of(self.device)):
+            for own in frozen.values():
+                for tensor in own:
+                    tensor.data = self._moved(tensor.data)
+            self._parked.clear()
+            return lambda name: None
+        parcels = {name: parcelled(own, self._pins) for name, own in frozen.items()}
+        self._parked.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        turns = Turns(parcels, self.device, self.residence.verified)
+        turns(next(iter(networks)))
+        return turns
+
     def put(self, batch: Batch) -> Batch:
-        if self.verify:
+        if self.residence.verified:
             return Batch({name: verified_copy(t, self.device) for name, t in batch.tensors.items()}, batch.keys)
         # Only pinned memory may be copied without waiting: from pageable memory mps returns garbage.
         return Batch(

@@ -1,18 +1,19 @@
-"""Finding and identifying the files of a base model in diffusers' folder layout, without reading the weights."""
+"""Finding and identifying the files of a base model without reading the weights."""
 
 import json
 from collections.abc import Mapping
-from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weft.errors import ModelError, did_you_mean
+
+if TYPE_CHECKING:
+    from hashlib import _Hash as HASH
 
 SHIPPED = {"tiny-wan": "demo/tiny_wan"}  # small pre-trained models inside the package, by the name of their source
 SAMPLED_BLOCKS = 64  # of a weight file, for its fingerprint
 BLOCK_BYTES = 1 << 16
-FILE_DTYPES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 
 
 def model_folder(source: str) -> Path:
@@ -22,20 +23,17 @@ def model_folder(source: str) -> Path:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
-    if folder.is_file():
-        raise ModelError(
-            f"family.source: '{source}' is a file. A folder in diffusers layout was expected "
-            "(transformer/, vae/, text_encoder/, tokenizer/, scheduler/)."
-        )
-    siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+    beside = folder.parent.iterdir() if folder.parent.is_dir() else []
+    siblings = [path.name for path in beside if path.is_dir() or path.suffix == ".safetensors"]
     raise ModelError(
-        f"family.source: there is no folder '{source}' (looked from {Path.cwd()}). "
+        f"family.source: there is no folder or file '{source}' (looked from {Path.cwd()}). "
         f"{did_you_mean(folder.name, [*siblings, *SHIPPED])}"
     )
 
 
 def read_config(folder: Path, part: str, expected_class: str) -> dict[str, Any]:
-    """A part's config.json. Raises ModelError when the part is missing, damaged, or another class."""
+    """A part's config.json. Raises ModelError when the part is missing, damaged, or another class than the
+    expected one (empty: any)."""
     path = folder / part / "config.json"
     if not path.is_file():
         parts = sorted(p.name for p in folder.iterdir() if p.is_dir())
@@ -48,7 +46,7 @@ def read_config(folder: Path, part: str, expected_class: str) -> dict[str, Any]:
     except json.JSONDecodeError as damaged:
         raise ModelError(f"{path}: not valid JSON ({damaged}). Fetch the file again.") from damaged
     found = config.get("_class_name", (config.get("architectures") or ["nothing"])[0])
-    if found != expected_class:
+    if expected_class and found != expected_class:
         raise ModelError(
             f"family: {path} describes a {found}, but the config's family expects a {expected_class}. "
             "Choose the family of that model, or another source."
@@ -93,40 +91,18 @@ def safetensors_header(path: Path) -> Mapping[str, Any]:
     return header
 
 
-def stored_dtype(folder: Path, part: str) -> str:
-    """fp32, bf16 or fp16: the precision of most bytes in a part's weight files; norms are often kept wider.
-
-    Raises ModelError for any other.
-    """
-    sizes: dict[str, int] = {}
-    for path in weight_files(folder, part):
-        for name, entry in safetensors_header(path).items():
-            if name != "__metadata__":
-                start, end = entry["data_offsets"]
-                sizes[entry["dtype"]] = sizes.get(entry["dtype"], 0) + end - start
-    most = max(sizes, key=lambda name: sizes[name])
-    if most not in FILE_DTYPES:
-        raise ModelError(f"{folder / part}: weights in {most}. This version of Weft reads F32, BF16 and F16.")
-    return FILE_DTYPES[most]
-
-
-def fingerprint(folder: Path, *parts: str) -> str:
-    """Identity of the parts' weights and configs: their sizes, headers and 64 blocks spread over each weight file.
-    Raises ModelError for a weight file that was cut off.
+def sampled_digest(digest: "HASH", name: str, path: Path) -> None:
+    """Add a file to an identity: name, size, 64 blocks spread over it. Raises ModelError for one that was cut off.
 
     Reading 11 GB of text encoder at each start would cost a minute; a changed weight file differs in almost every
     block, so the sample finds it.
     """
-    digest = sha256()
-    for part in parts:
-        for path in sorted(p for p in (folder / part).iterdir() if p.is_file()):
-            if path.suffix == ".safetensors":
-                safetensors_header(path)  # a file that was cut off is refused here, before hours of encoding
-            size = path.stat().st_size
-            digest.update(f"{part}/{path.name}:{size}\n".encode())
-            with path.open("rb") as file:
-                step = max(BLOCK_BYTES, size // SAMPLED_BLOCKS)
-                for start in range(0, size, step):
-                    file.seek(start)
-                    digest.update(file.read(BLOCK_BYTES))
-    return digest.hexdigest()[:32]
+    if path.suffix == ".safetensors":
+        safetensors_header(path)  # refused here, before hours of encoding
+    size = path.stat().st_size
+    digest.update(f"{name}:{size}\n".encode())
+    with path.open("rb") as file:
+        step = max(BLOCK_BYTES, size // SAMPLED_BLOCKS)
+        for start in range(0, size, step):
+            file.seek(start)
+            digest.update(file.read(BLOCK_BYTES))

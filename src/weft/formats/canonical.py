@@ -1,7 +1,8 @@
 """From the tensors and config fields of a file to one adapter in canonical form, or a refusal by name."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from weft.errors import ModelError
-from weft.formats.adapter_file import MAGNITUDE, A, B, SavedAdapter, paths_in, scale_of
+from weft.formats.adapter_file import ENDS, MAGNITUDE, A, B, SavedAdapter, paths_in, scale_of
 
 # Fields of LoraConfig under which a file's weights mean something else than scale B A on an untouched base.
 OTHER_MEANINGS = (
@@ -18,49 +19,125 @@ OTHER_MEANINGS = (
 )  # fmt: skip
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
+# Fields of the other configs that Weft's own recipes do not have; rank_pattern gives single layers another rank.
+OTHER_OPTIONS = ("rank_pattern", "alpha_pattern", "modules_to_save", "coft", "use_effective_conv2d")
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "loha": {},
+    "lokr": {"decompose_factor": -1, "decompose_both": False},
+    "oft": {
+        "oft_block_size": 32, "block_share": False, "use_cayley_neumann": True, "num_cayley_neumann_terms": 5,
+        "peft_version": "0.0.0",
+    },
+}  # fmt: skip
+
+# The tensors that a change is proportional to: the first of these that a layer has.
+STRENGTH = (B, ".hada_w1_b", ".lokr_w1", ".lokr_w1_b")
+
 
 def saved_adapter(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], metadata: Mapping[str, str], source: Path
 ) -> SavedAdapter:
-    """Canonical tensors and a LoraConfig's fields as one adapter. Raises ModelError for what is not plain LoRA.
+    """Canonical tensors and the fields of PEFT's config as one adapter. Raises ModelError for kinds that Weft has not.
 
     Files may give single layers their own rank and alpha: then ranks are filled up with zeros and alphas taken into B,
-    which changes no output.
+    which changes no output. Linear layers come to one rank so, and convolutions to one of their own.
     """
+    kind = str(config.get("peft_type", "LORA")).rpartition(".")[2].lower()
+    if kind not in ENDS:
+        known = ", ".join(name.upper() for name in ENDS)
+        raise ModelError(f"{source} holds a {kind.upper()} adapter; Weft reads {known}.")
+    if kind != "lora":
+        return _other_kind(kind, tensors, config, metadata, source)
     _refuse_other_methods(config, source)
     # PEFT's live modules call the magnitude a weight, its files do not.
     named = {key.replace(f"{MAGNITUDE}.weight", MAGNITUDE): tensor for key, tensor in tensors.items()}
-    _refuse_strangers(named, source)
+    _refuse_strangers(named, kind, source)
+    _refuse_halves(named, source)
     paths = paths_in(named)
-    suffixes = (A, B, MAGNITUDE)
-    canonical = {path + s: named[path + s] for path in paths for s in suffixes if path + s in named}
-    rank = max(canonical[path + A].shape[0] for path in paths)
+    canonical = {path + end: named[path + end] for path in paths for end in ENDS[kind] if path + end in named}
+    linear = [path for path in paths if canonical[path + A].dim() == 2]
+    convolutions = [path for path in paths if canonical[path + A].dim() > 2]
     rslora = bool(config.get("use_rslora", False))
+    conv_rank = max((len(canonical[path + A]) for path in convolutions), default=None)
+    rank = max((len(canonical[path + A]) for path in linear), default=int(config.get("r", conv_rank or 0)))
     alpha = float(config.get("lora_alpha", config.get("r", rank)))
-    scale = scale_of(alpha, rank, rslora)
-    for path in paths:
-        own_alpha = float(_pattern_value(config.get("alpha_pattern") or {}, path, alpha))
-        own_rank = canonical[path + A].shape[0]
-        ratio = scale_of(own_alpha, own_rank, rslora) / scale
-        if ratio != 1:
-            canonical[path + B] = canonical[path + B] * ratio
-        if own_rank != rank:
-            canonical[path + A] = functional.pad(canonical[path + A], (0, 0, 0, rank - own_rank))
-            canonical[path + B] = functional.pad(canonical[path + B], (0, rank - own_rank))
+    own_alphas = {path: float(_pattern_value(config.get("alpha_pattern") or {}, path, alpha)) for path in paths}
+    _even_out(canonical, linear, own_alphas, (rank, scale_of(alpha, rank, rslora)), rslora)
+    conv_alpha = own_alphas[convolutions[0]] if convolutions else None
+    if conv_rank and conv_alpha is not None:
+        _even_out(canonical, convolutions, own_alphas, (conv_rank, scale_of(conv_alpha, conv_rank, rslora)), rslora)
     dora = bool(config.get("use_dora", False)) or any(key.endswith(MAGNITUDE) for key in canonical)
-    return SavedAdapter(canonical, rank, alpha, rslora, dora, paths, dict(metadata))
+    return SavedAdapter(
+        canonical, rank, alpha, rslora, dora, paths, dict(metadata), conv_rank=conv_rank, conv_alpha=conv_alpha
+    )
 
 
-def tensors_at_scale(adapter: SavedAdapter, scale: float) -> dict[str, Tensor]:
-    """The adapter's tensors for a run with another alpha: B is multiplied so that scale B A stays what it was."""
-    ratio = adapter.scale / scale
-    return {key: tensor * ratio if key.endswith(B) else tensor for key, tensor in adapter.tensors.items()}
+def tensors_at_scale(adapter: SavedAdapter, scale: float, conv_scale: float | None = None) -> dict[str, Tensor]:
+    """The adapter's tensors for a run with another alpha, of linear layers and of convolutions: one tensor of each
+    layer is multiplied so that the change stays what it was. A rotation has no alpha."""
+    if adapter.kind == "oft":
+        return dict(adapter.tensors)
+    linear, conv = adapter.scale / scale, (adapter.conv_scale or 1) / (conv_scale or adapter.conv_scale or 1)
+    return _multiplied(adapter, linear, conv)
+
+
+def at_strength(adapter: SavedAdapter, strength: float) -> SavedAdapter:
+    """The adapter with its change multiplied. Raises ModelError for a DoRA or OFT, where no such weights are."""
+    if strength == 1:
+        return adapter
+    if adapter.dora or adapter.kind == "oft":
+        name = "DoRA" if adapter.dora else "OFT"
+        raise ModelError(f"an adapter of kind {name} is applied as it was trained: leave the strength at 1.")
+    return replace(adapter, tensors=_multiplied(adapter, strength, strength))
+
+
+def _multiplied(adapter: SavedAdapter, linear: float, conv: float) -> dict[str, Tensor]:
+    tensors = dict(adapter.tensors)
+    for path in adapter.paths:
+        key = next(path + end for end in STRENGTH if path + end in tensors)
+        tensors[key] = tensors[key] * (conv if tensors[key].dim() > 2 else linear)
+    return tensors
+
+
+def _even_out(
+    canonical: dict[str, Tensor],
+    paths: Sequence[str],
+    alphas: Mapping[str, float],
+    width: tuple[int, float],
+    rslora: bool,
+) -> None:
+    """Bring layers to one rank and one scale."""
+    rank, scale = width
+    for path in paths:
+        a, b = canonical[path + A], canonical[path + B]
+        own_rank = len(a)
+        ratio = scale_of(alphas[path], own_rank, rslora) / scale
+        if ratio != 1:
+            b = b * ratio
+        if own_rank != rank:
+            a = functional.pad(a, (0, 0) * (a.dim() - 1) + (0, rank - own_rank))
+            b = functional.pad(b, (0, 0) * (b.dim() - 2) + (0, rank - own_rank))
+        canonical[path + A], canonical[path + B] = a, b
+
+
+def _other_kind(
+    kind: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], metadata: Mapping[str, str], source: Path
+) -> SavedAdapter:
+    """An adapter that is no LoRA; what it is stands in its config alone."""
+    given = [name for name in OTHER_OPTIONS if config.get(name)]
+    if given:
+        raise ModelError(f"{source} was made with {', '.join(given)}, which Weft's {kind} has not.")
+    _refuse_strangers(tensors, kind, source)
+    options = {name: config.get(name, default) for name, default in OPTIONS[kind].items()}
+    facts = (int(config.get("r", 8)), float(config.get("alpha", 8))) if kind != "oft" else (0, 0.0)
+    if kind == "oft" and not options["oft_block_size"]:
+        raise ModelError(f"{source} divides each layer into {config.get('r')} blocks; Weft's oft wants oft_block_size.")
+    return SavedAdapter(
+        dict(tensors), *facts, targets=paths_in(tensors), metadata=dict(metadata), kind=kind, options=options
+    )
 
 
 def _refuse_other_methods(config: Mapping[str, Any], source: Path) -> None:
-    kind = str(config.get("peft_type", "LORA")).rpartition(".")[2]
-    if kind != "LORA":
-        raise ModelError(f"{source} holds a {kind} adapter; Weft reads LoRA, with or without rsLoRA and DoRA.")
     others = [name for name in OTHER_MEANINGS if config.get(name)]
     if str(config.get("init_lora_weights", "")).lower().startswith(CHANGES_THE_BASE):
         others.append(f"init_lora_weights={config['init_lora_weights']}")
@@ -68,12 +145,16 @@ def _refuse_other_methods(config: Mapping[str, Any], source: Path) -> None:
         raise ModelError(f"{source} was made with {', '.join(others)}, which Weft cannot continue from or apply.")
 
 
-def _refuse_strangers(tensors: Mapping[str, Tensor], source: Path) -> None:
-    strangers = [key for key in tensors if not key.endswith((A, B, MAGNITUDE))]
+def _refuse_strangers(tensors: Mapping[str, Tensor], kind: str, source: Path) -> None:
+    strangers = [key for key in tensors if not key.endswith(ENDS[kind])]
     if strangers:
-        raise ModelError(f"{source} holds {len(strangers)} tensors that are no LoRA weights, first '{strangers[0]}'.")
+        name = {"lora": "LoRA"}.get(kind, kind)
+        raise ModelError(f"{source} holds {len(strangers)} tensors that are no {name} weights, first '{strangers[0]}'.")
     if not tensors:
         raise ModelError(f"{source} holds no tensors.")
+
+
+def _refuse_halves(tensors: Mapping[str, Tensor], source: Path) -> None:
     paths = {key.removesuffix(suffix) for key in tensors for suffix in (A, B) if key.endswith(suffix)}
     missing = [path + suffix for path in sorted(paths) for suffix in (A, B) if path + suffix not in tensors]
     if missing:

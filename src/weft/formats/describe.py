@@ -1,12 +1,14 @@
 """What an adapter file says of itself, from its header and config alone: for `weft show`. No tensors, no torch."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from weft.errors import ModelError
-from weft.formats.adapter_file import MAGNITUDE, A, paths_in, scale_of
-from weft.formats.header import read_header
+from weft.formats.adapter_file import MAGNITUDE, A, kind_in, paths_in, scale_of
+from weft.formats.header import Header, read_header
 from weft.formats.sniff import (
     DIFFUSERS_PREFIX,
     PEFT_CONFIG,
@@ -24,7 +26,8 @@ class Description:
 
     format: str
     weights: Path
-    rank: int  # the largest of all layers
+    kind: str  # lora, loha, lokr or oft
+    rank: int  # the largest of all linear layers; 0 in OFT, which has none
     alpha: float
     rslora: bool
     dora: bool
@@ -37,8 +40,8 @@ class Description:
 
     @property
     def scale(self) -> float:
-        """The factor before B A that other programs will use."""
-        return scale_of(self.alpha, self.rank, self.rslora)
+        """The factor before the change that other programs will use."""
+        return scale_of(self.alpha, self.rank, self.rslora) if self.rank else 1.0
 
 
 def describe(path: Path) -> Description:
@@ -51,14 +54,16 @@ def describe(path: Path) -> Description:
         prefix, config = PEFT_PREFIX, read_config(found.weights.parent / PEFT_CONFIG)
     else:
         prefix, config = DIFFUSERS_PREFIX, diffusers_config(header.metadata, path)
-    rank = max((entry.shape[0] for key, entry in header.tensors.items() if key.endswith(A)), default=0)
-    if not rank:
+    kind = kind_in(header.tensors)
+    if kind is None:
         raise ModelError(f"{path} holds no LoRA weights.")
+    rank, alpha = _width(kind, header, config)
     return Description(
         format=found.format,
         weights=found.weights,
+        kind=kind,
         rank=rank,
-        alpha=float(config.get("lora_alpha", config.get("r", rank))),
+        alpha=alpha,
         rslora=bool(config.get("use_rslora", False)),
         dora=bool(config.get("use_dora", False)) or any(MAGNITUDE in key for key in header.tensors),
         targets=tuple(p.removeprefix(prefix) for p in paths_in(header.tensors)),
@@ -68,3 +73,15 @@ def describe(path: Path) -> Description:
         metadata=provenance(header),
         size=header.size,
     )
+
+
+def _width(kind: str, header: Header, config: Mapping[str, Any]) -> tuple[int, float]:
+    """Rank and alpha: a LoRA's rank is in the shapes, that of other kinds in the config alone."""
+    if kind == "oft":
+        return 0, 0.0
+    if kind != "lora":
+        return int(config.get("r", 8)), float(config.get("alpha", 8))
+    a = [entry.shape for key, entry in header.tensors.items() if key.endswith(A)]
+    of_convolutions = max((shape[0] for shape in a if len(shape) > 2), default=0)
+    rank = max((shape[0] for shape in a if len(shape) == 2), default=int(config.get("r", of_convolutions)))
+    return rank, float(config.get("lora_alpha", config.get("r", rank)))

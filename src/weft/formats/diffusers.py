@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from weft.errors import ModelError
-from weft.formats.adapter_file import A, SavedAdapter, lora_config, paths_in
+from weft.formats.adapter_file import A, SavedAdapter, paths_in, peft_fields
 from weft.formats.canonical import saved_adapter
 from weft.formats.header import read_header
 from weft.formats.sniff import (
@@ -31,9 +31,14 @@ class DiffusersFile:
     """
 
     def write(self, folder: Path, adapter: SavedAdapter) -> Path:
-        """Write the file for `load_lora_weights` into a folder; returns the file."""
+        """Write the file for `load_lora_weights` into a folder; returns the file. Raises ModelError for other kinds."""
+        if adapter.kind != "lora":
+            raise ModelError(
+                f"the diffusers format holds LoRA alone, and this adapter is of kind {adapter.kind}. "
+                "Write save.formats=[peft]."
+            )
         tensors = {DIFFUSERS_PREFIX + key: tensor for key, tensor in adapter.tensors.items()}
-        config = {DIFFUSERS_PREFIX + key: value for key, value in lora_config(adapter).items()}
+        config = {DIFFUSERS_PREFIX + key: value for key, value in peft_fields(adapter).items()}
         metadata = {**adapter.metadata, DIFFUSERS_METADATA: json.dumps(config, sort_keys=True)}
         write_tensors(folder / DIFFUSERS_WEIGHTS, tensors, metadata)
         return folder / DIFFUSERS_WEIGHTS

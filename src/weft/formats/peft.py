@@ -9,7 +9,7 @@ from torch import Tensor
 
 from weft.durable import write_whole
 from weft.errors import ModelError
-from weft.formats.adapter_file import SavedAdapter, lora_config
+from weft.formats.adapter_file import SavedAdapter, peft_fields
 from weft.formats.canonical import saved_adapter
 from weft.formats.header import read_header
 from weft.formats.sniff import PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS, provenance, read_config, sniff
@@ -26,7 +26,7 @@ class PeftFolder:
         write_tensors(folder / PEFT_WEIGHTS, tensors, adapter.metadata)
         # PEFT warns of fields that it does not know, so nothing of ours is added.
         base = {"base_model_name_or_path": adapter.metadata.get("base_model")}
-        config = {**lora_config(adapter), **base, "inference_mode": True}
+        config = {**peft_fields(adapter), **base, "inference_mode": True}
         write_whole(folder / PEFT_CONFIG, json.dumps(config, indent=2) + "\n")
         return folder
 

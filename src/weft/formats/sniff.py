@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from weft.errors import ModelError
+from weft.formats.adapter_file import kind_in
 from weft.formats.header import Header, read_header
 
 PEFT_CONFIG, PEFT_WEIGHTS, PEFT_PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -38,7 +39,7 @@ def sniff(path: Path) -> Found:
             f"{path} is a {path.suffix or 'nameless'} file; an adapter is a folder or a .safetensors file."
         )
     keys = read_header(path).tensors
-    if _all_begin(keys, PEFT_PREFIX) and _has_lora(keys):
+    if _all_begin(keys, PEFT_PREFIX) and kind_in(keys):
         return Found("peft", path)
     if _all_begin(keys, DIFFUSERS_PREFIX) and _has_lora(keys):
         return Found("diffusers", path)

@@ -1,6 +1,7 @@
 """Rectified-flow matching: the adapter learns the velocity from data to noise. Liu et al. 2022, arXiv:2209.03003."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -11,10 +12,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from weft.contracts import Batch, BuildOptimizer, Loss, Model, Phase, Rng, State
+    from weft.contracts import Batch, BuildOptimizer, Expert, Loss, Model, ModelFamily, Phase, Rng, State
     from weft.math.timesteps import Density
 
-ROLE = "default"  # PEFT's own name of a single adapter, so that files carry no name of ours
+MEASURED = (0.1, 0.3, 0.5, 0.7, 0.9)  # parts of an expert's range of times at which validation measures it
 
 
 class Uniform(Section):
@@ -86,8 +87,24 @@ class FlowMatching(Section):
     weighting: Literal["none", "sigma-sqrt", "cosmap"] = Field(
         default="none", description="weight of the loss over time"
     )
-    validation_times: tuple[float, ...] = Field(
-        default=(0.1, 0.3, 0.5, 0.7, 0.9), min_length=1, description="times at which validation measures, in [0, 1]"
+    first_frame: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="share of clips whose first frame stays clean and is not learned, as image-to-video of TI2V-5B; "
+        "null: half, where the model takes a clean frame, else none",
+    )
+    turn: int = Field(
+        default=50,
+        ge=1,
+        description="with family.expert: both, so many steps train one expert before the other's turn; half of "
+        "schedule.steps or more: one after the other",
+    )
+    validation_times: tuple[float, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="times at which validation measures, in [0, 1]; null: at 10, 30, 50, 70 and 90 % of each expert's "
+        "range",
     )
 
     @model_validator(mode="after")
@@ -95,14 +112,42 @@ class FlowMatching(Section):
         low, high = self.times
         if not 0 <= low < high <= 1:
             raise ValueError(f"objective.times: [{low}, {high}] is no range within [0, 1]. Write the lower end first.")
-        outside = [t for t in self.validation_times if not 0 <= t <= 1]
+        outside = [t for t in self.validation_times or () if not 0 <= t <= 1]
         if outside:
             raise ValueError(f"objective.validation_times: {outside[0]} is not in [0, 1]; 0 is data and 1 is noise.")
         return self
 
-    @property
-    def roles(self) -> tuple[str, ...]:
-        return (ROLE,)
+    def check(self, family: "ModelFamily") -> None:
+        """Raises ConfigError for what does not go with the family."""
+        from weft.errors import ConfigError
+
+        if self.first_frame and family.image != "frames":
+            raise ConfigError(
+                f"objective.first_frame: {self.first_frame:g} was asked for, but this model takes no clean latent "
+                "frame; TI2V-5B does. Leave the key out."
+            )
+        for expert in family.experts:
+            low, high = self.range_of(expert)
+            if low >= high:
+                raise ConfigError(
+                    f"objective.times: {list(self.times)} and the times of expert '{expert.name}', "
+                    f"{list(expert.times)}, have nothing in common. Leave objective.times out to train all of them."
+                )
+        if not self.measured(family.experts):
+            raise ConfigError(
+                f"objective.validation_times: none of {list(self.validation_times or ())} is a time of "
+                f"{', '.join(f'{e.name} {list(e.times)}' for e in family.experts)}. Leave the key out."
+            )
+
+    def range_of(self, expert: "Expert") -> tuple[float, float]:
+        """The times that an expert is trained at."""
+        return max(self.times[0], expert.times[0]), min(self.times[1], expert.times[1])
+
+    def roles(self, experts: "Sequence[Expert]") -> tuple[str, ...]:
+        return tuple(expert.name for expert in experts)
+
+    def shown(self, experts: "Sequence[Expert]") -> tuple[str, ...]:
+        return self.roles(experts)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -114,12 +159,14 @@ class FlowMatching(Section):
         return NoState()
 
     def optimizers(self, model: "Model", state: "State", build: "BuildOptimizer") -> "dict[str, Optimizer]":
-        return {ROLE: build(ROLE, model.adapters.parameters(ROLE))}
+        return {role: build(role, model.adapters.parameters(role)) for role in self.roles(model.family.experts)}
 
-    def phases(self, step: int) -> "tuple[Phase, ...]":
-        from weft.contracts import Phase
+    def phases(self, step: int, experts: "Sequence[Expert]") -> "tuple[Phase, ...]":
+        """One phase, `train`; with several experts that of the one whose turn it is, under its name."""
+        from weft.contracts import DEFAULT, Phase
 
-        return (Phase("train", ROLE, (ROLE,)),)
+        name = experts[step // self.turn % len(experts)].name
+        return (Phase("train" if name == DEFAULT.name else name, name, (name,)),)
 
     def count(self, batch: "Batch") -> int:
         return len(batch.keys)
@@ -131,37 +178,90 @@ class FlowMatching(Section):
         from weft.math.flow import loss_weight
         from weft.math.timesteps import draw_times, stratified
 
+        expert = next(e for e in model.family.experts if phase in (e.name, "train"))
         latents = batch["latents"]  # (B, C, F, H, W)
         uniform = torch.rand(len(latents), generator=rng.own, device=latents.device)
-        first = rng.draw * len(latents)
         if self.strata > 1:
-            uniform = stratified(uniform, first, self.strata, rng.seed)
-        t = draw_times(self.timesteps.density(), uniform, *self.times)  # (B,) fp32
+            uniform = stratified(uniform, rng.draw * len(latents), self.strata, rng.seed)
+        t = draw_times(self.timesteps.density(), uniform, *self.range_of(expert))  # (B,) fp32
         noise = torch.randn(latents.shape, generator=rng.own, device=latents.device)
-        error = self.errors(model, batch, noise, t)  # (B,)
+        share = self.share(model.family, latents.shape[2])
+        # Shared, because a question without a given frame is another, cheaper call: one time for all tokens.
+        chosen = torch.rand(len(latents), generator=rng.shared) < share if share else None
+        given = chosen.to(latents.device) if chosen is not None and bool(chosen.any()) else None
+        error = self.errors(model, batch, Question(noise, t, expert.name, given))  # (B,)
         return Loss((loss_weight(t, self.weighting) * error).sum(), {"unweighted_loss": error.detach().sum()})
 
-    def errors(self, model: "Model", batch: "Batch", noise: "Tensor", t: "Tensor") -> "Tensor":
-        """Mean squared error of the velocity of each item, (B,), summed in fp32."""
+    def share(self, family: "ModelFamily", frames: int) -> float:
+        """Share of clips of so many latent frames whose first one stays clean. A picture has nothing to go on to."""
+        if family.image != "frames" or frames == 1:
+            return 0.0
+        return 0.5 if self.first_frame is None else self.first_frame
+
+    def errors(self, model: "Model", batch: "Batch", question: "Question") -> "Tensor":
+        """Mean squared error of the velocity of each item, (B,), summed in fp32, over the frames that are not given."""
         from weft.contracts import Denoise
         from weft.math.flow import noised, velocity_target
 
-        latents = batch["latents"]
-        predicted = model.velocity(Denoise(noised(latents, noise, t), t, conditions(batch)))
-        return (predicted.float() - velocity_target(latents, noise)).square().flatten(1).mean(1)
+        latents, given = batch["latents"], question.given(batch)
+        x = noised(latents, question.noise, question.t)
+        if given is not None:
+            x = x.where(~given[:, None, :, None, None], latents)
+        asked = Denoise(x, question.t, conditions(batch), given, question.expert)
+        squared = (model.velocity(asked).float() - velocity_target(latents, question.noise)).square()
+        if given is None:
+            return squared.flatten(1).mean(1)
+        by_frame = squared.mean((1, 3, 4))  # (B, F)
+        return (by_frame * ~given).sum(1) / (~given).sum(1)
 
-    def measure(self, model: "Model", batch: "Batch", time: float, seed: int) -> "Tensor":
+    def measured(self, experts: "Sequence[Expert]") -> tuple[tuple[str, float], ...]:
+        """Each (name of an expert, time) that validation measures."""
+        pairs = []
+        for expert in experts:
+            low, high = self.range_of(expert)
+            times = self.validation_times or [round(low + part * (high - low), 6) for part in MEASURED]
+            pairs += [(expert.name, time) for time in times if expert.times[0] <= time <= expert.times[1]]
+        return tuple(pairs)
+
+    def measure(self, model: "Model", batch: "Batch", expert: str, time: float, seed: int) -> "Tensor":
         """Each item's error (B,) at one time, on noise that depends on the seed and the item's key alone."""
         import torch
 
         from weft.math.chance import generator
 
         latents = batch["latents"]
-        shape = latents.shape[1:]
-        noise = torch.stack([torch.randn(shape, generator=generator("cpu", seed, "validation", k)) for k in batch.keys])
-        t = torch.full((len(latents),), time, device=latents.device)
+        device = latents.device
+
+        def dice(what: str) -> "list[torch.Generator]":
+            return [generator("cpu", seed, what, key) for key in batch.keys]
+
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in dice("validation")])
+        share = self.share(model.family, latents.shape[2])
+        chosen = torch.cat([torch.rand(1, generator=g) for g in dice("first frame")]) < share if share else None
+        t = torch.full((len(latents),), time, device=device)
         with torch.no_grad():
-            return self.errors(model, batch, noise.to(latents.device), t)
+            question = Question(noise.to(device), t, expert, chosen if chosen is None else chosen.to(device))
+            return self.errors(model, batch, question)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a network is asked about a batch. noise: as the latents. t: (B,). chosen: (B,) bool, whose first frame is
+    given."""
+
+    noise: "Tensor"
+    t: "Tensor"
+    expert: str
+    chosen: "Tensor | None" = None
+
+    def given(self, batch: "Batch") -> "Tensor | None":
+        """(B, F) bool: the latent frames that are given."""
+        import torch
+
+        if self.chosen is None:
+            return None
+        first = torch.arange(batch["latents"].shape[2], device=self.chosen.device) == 0
+        return self.chosen[:, None] & first
 
 
 def conditions(batch: "Batch") -> "Mapping[str, Tensor]":

@@ -1,27 +1,29 @@
-"""A finished adapter on its base, ready to generate: from the adapter's own header, or from what the user says."""
+"""Finished adapters on their base, ready to generate: from the adapters' own headers, or from what the user says."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weft import plugins
-from weft.adapters.lora import Lora
-from weft.contracts import Encoders, Engine, Model
-from weft.errors import ConfigError, ModelError
-from weft.formats.adapter_file import SavedAdapter, paths_in
-from weft.formats.reading import read_adapter
-from weft.run.assemble import find_adapter
+from torch import nn
 
-ROLE = "default"
+from weft import plugins
+from weft.adapters.recipe import recipe_of
+from weft.contracts import DEFAULT, Adapters, Encoders, Engine, Model, ModelFamily
+from weft.errors import ConfigError, ModelError
+from weft.formats.adapter_file import SavedAdapter
+from weft.formats.canonical import at_strength
+from weft.formats.reading import read_adapter
+from weft.run.assemble import adapter_folder, joined
 
 
 @dataclass(frozen=True)
 class Applied:
-    """A base with an adapter on it. config: of the run that made the adapter, empty when the file does not say.
+    """A base with adapters on it. config: of the run that made the first one, empty when the file does not say.
 
-    trained_here: False when the adapter's header names other base weights than these.
+    trained_here: False when an adapter's header names other base weights than these.
     """
 
     model: Model
@@ -30,57 +32,123 @@ class Applied:
     config: Mapping[str, Any]
     trained_here: bool
 
+    @contextmanager
+    def use(self, adapter: bool = True) -> Iterator[None]:
+        """Answer under all adapters, or as the base alone."""
+        with ExitStack() as stack:
+            for role in self.model.adapters.names if adapter else (None,):
+                stack.enter_context(self.model.adapters.use(role))
+            yield
 
-def training_config(adapter: SavedAdapter) -> Mapping[str, Any]:
-    """The resolved config in an adapter's header; empty when another program wrote the file."""
-    return json.loads(adapter.metadata.get("weft.config", "{}"))
+
+@dataclass(frozen=True)
+class Found:
+    """An adapter that was read. expert: the network that it belongs to."""
+
+    path: Path
+    adapter: SavedAdapter
+    expert: str
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The resolved config of its run; empty when another program wrote the file."""
+        return json.loads(self.adapter.metadata.get("weft.config", "{}"))
+
+
+def find_adapters(paths: Sequence[Path]) -> list[Found]:
+    """The adapters at paths; of a run's folder those of all its experts. Raises ModelError when two are for one."""
+    found = []
+    for path in paths:
+        inside = [path / adapter_folder("adapter", name) for name in (DEFAULT.name, "high", "low")]
+        for folder in [folder for folder in inside if folder.is_dir()] or [path]:
+            adapter = read_adapter(folder)
+            found.append(Found(folder, adapter, adapter.metadata.get("weft.expert", DEFAULT.name)))
+    experts = [one.expert for one in found]
+    twice = [one for one in found if experts.count(one.expert) > 1]
+    if twice:
+        raise ModelError(
+            f"{twice[0].path} and {twice[1].path} are both for "
+            f"{'the same network' if twice[0].expert == DEFAULT.name else 'expert ' + twice[0].expert}. Give one."
+        )
+    return found
 
 
 def base_family(config: Mapping[str, Any], source: str | None) -> Any:
-    """The family section: the training run's own, with another source when one is given.
+    """The family section: the training run's own, with another source when one is given, and with all experts.
 
     Raises ConfigError when neither says what the base is.
     """
     if config:
-        facts = dict(config["family"])
-        if source:
-            facts["source"] = source
-        return plugins.section_types("family")[facts["kind"]](**facts)
+        family = trained_family(config, source)
+        if config["family"].get("expert"):
+            return family.model_copy(update={"expert": "both"})
+        return family
     if not source:
         raise ConfigError("this adapter's file does not say which base it was trained on. Add --base FOLDER.")
     return plugins.section_types("family")["wan"](source=source)
 
 
-def apply_adapter(path: Path, source: str | None, device: str, precision: str, strength: float) -> Applied:
-    """Load the base, put the adapter on it at a strength (1: as trained), in eval mode. Raises WeftError."""
-    adapter = read_adapter(find_adapter(path))
-    config = training_config(adapter)
-    if adapter.dora and strength != 1:
-        raise ConfigError(f"--strength: {path} is a DoRA, whose change is no multiple of its weights. Leave it at 1.")
+def trained_family(config: Mapping[str, Any], source: str | None) -> Any:
+    """The family section of a training run, with another source when one is given."""
+    facts = {**config["family"], **({"source": source} if source else {})}
+    return plugins.section_types("family")[facts["kind"]](**facts)
+
+
+def apply_adapters(paths: Sequence[Path], source: str | None, device: str, precision: str, strength: float) -> Applied:
+    """Load the base, put adapters on it at a strength (1: as trained), in eval mode. Raises WeftError."""
+    found = find_adapters(paths)
+    for one in found:
+        if (one.adapter.dora or one.adapter.kind == "oft") and strength != 1:
+            name = "a DoRA" if one.adapter.dora else "an OFT"
+            raise ConfigError(f"--strength: {one.path} is {name}, no multiple of whose weights is a weaker one.")
+    config = found[0].config
     family = base_family(config, source)
     engine = plugins.find("engine", "single")(device=device, precision=precision).open()
-    network = family.load(engine.precision)
-    paths = adapter.targets or paths_in(adapter.tensors)
+    model = applied_model(found, family, engine, strength)
+    return Applied(
+        model,
+        engine,
+        family.encoders(engine.device, engine.carry),
+        config,
+        trained_here=all(is_trained_on(one, source) for one in found),
+    )
+
+
+def is_trained_on(one: Found, source: str | None) -> bool:
+    """Whether an adapter's header names the base weights that are there now; True where it names none."""
+    base = one.adapter.metadata.get("weft.base")
+    return base is None or not one.config or base == trained_family(one.config, source).identity()["network"]
+
+
+def applied_model(found: Sequence[Found], family: ModelFamily, engine: Engine, strength: float) -> Model:
+    """All networks of a family, those with an adapter under it. Raises ModelError for an adapter without a network."""
+    names = [expert.name for expert in family.all_experts]
+    for one in found:
+        if one.expert not in names:
+            known = "has one network" if names == [DEFAULT.name] else f"has the experts {' and '.join(names)}"
+            raise ModelError(f"{one.path} is for expert '{one.expert}', but this model {known}. Name another --base.")
+    by_expert = {one.expert: one for one in found}
+    networks: dict[str, nn.Module] = {}
+    adapters: dict[str, Adapters] = {}
+    for number, name in enumerate(names):
+        network = family.load(engine.precision, name, engine.berth(number))
+        if name in by_expert:
+            adapters[name] = attached(by_expert[name], network, strength)
+        networks[name] = engine.place(network, family.blocks(network)).eval()
+    return joined(networks, adapters, engine, family)
+
+
+def attached(one: Found, network: nn.Module, strength: float) -> Adapters:
+    """An adapter on its network. Raises ModelError when that has not the layers that it changes."""
+    adapter = one.adapter
+    paths = adapter.paths
     modules = {name for name, _ in network.named_modules()}
     strange = [path for path in paths if path not in modules]
     if strange:
         raise ModelError(
-            f"{path}: this base has no '{strange[0]}', which the adapter changes, nor {len(strange) - 1} others. "
+            f"{one.path}: this base has no '{strange[0]}', which the adapter changes, nor {len(strange) - 1} others. "
             "It was trained on another model: name that one with --base."
         )
-    section = Lora(
-        backend="native", rank=adapter.rank, alpha=adapter.alpha, rslora=adapter.rslora, dora=adapter.dora,
-        targets=tuple(paths),
-    )  # fmt: skip
-    adapters = section.attach(network, paths, (ROLE,), seed=0)
-    tensors = {n: t * strength if n.endswith(".lora_B.weight") else t for n, t in adapter.tensors.items()}
-    adapters.load_state_dict(ROLE, tensors)
-    network = engine.place(network, family.blocks(network)).eval()
-    base = family.identity()["network"]
-    return Applied(
-        Model(network, family, adapters),
-        engine,
-        family.encoders(engine.device, engine.carry),
-        config,
-        trained_here=adapter.metadata.get("weft.base", base) == base,
-    )
+    adapters = recipe_of(adapter, paths).attach(network, paths, (one.expert,), seed=0)
+    adapters.load_state_dict(one.expert, at_strength(adapter, strength).tensors)
+    return adapters

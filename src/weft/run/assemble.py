@@ -1,7 +1,7 @@
 """From a config to a learner, in one order for new and resumed runs: load, attach, place, init, optimizers, restore."""
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,20 +9,21 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from weft.adapters.modules import linears_of
+from weft.adapters.several import SeveralAdapters
 from weft.adapters.targets import TargetReport
-from weft.contracts import Engine, Model
+from weft.contracts import DEFAULT, Adapters, Engine, Model, ModelFamily
 from weft.errors import ConfigError
 from weft.formats.canonical import tensors_at_scale
 from weft.formats.reading import read_adapter
 from weft.run.config import RunConfig
 from weft.run.learner import Learner, MovingAverage
+from weft.run.pace import Pace
 
 
 def target_report(config: RunConfig, network: nn.Module) -> TargetReport:
     """Which modules the adapter stands on. Raises ConfigError for a pattern that matches nothing."""
     adapter, family = config.adapter, config.family
-    return adapter.match(linears_of(network), family.targets, family.aliases)
+    return adapter.match(adapter.layers(network), family.targets, family.aliases)
 
 
 def check_engine(config: RunConfig, engine: Engine) -> None:
@@ -36,39 +37,71 @@ def check_engine(config: RunConfig, engine: Engine) -> None:
 
 
 def assemble(config: RunConfig, engine: Engine) -> Learner:
-    """The learner at step 0, its adapter untrained."""
+    """The learner at step 0, its adapters untrained."""
     check_engine(config, engine)
     objective, family = config.objective, config.family
-    network = family.load(engine.precision)
-    paths = target_report(config, network).paths
-    adapters = config.adapter.attach(network, paths, objective.roles, config.seed)
-    network = engine.place(network, family.blocks(network))
-    network.train()
-    model = Model(network, family, adapters)
+    roles = {expert.name: objective.roles((expert,)) for expert in family.experts}
+    model = built(config, engine, roles)
+    model.network.train()
     state = objective.init(model)
 
     def build(name: str, parameters: Mapping[str, nn.Parameter]) -> Optimizer:
         return config.optimizer.build(parameters, config.adapter.lr_factor)
 
     optimizers = objective.optimizers(model, state, build)
-    ema = {role: MovingAverage(config.ema.decay, config.ema.start) for role in objective.roles} if config.ema else {}
-    return Learner(model, objective, state, engine, optimizers, config.seed, ema)
+    names = objective.roles(family.experts)
+    ema = {role: MovingAverage(config.ema.decay, config.ema.start) for role in names} if config.ema else {}
+    pace = Pace(objective, family.experts, config.schedule.steps)
+    return Learner(model, objective, state, engine, optimizers, config.seed, pace, ema)
+
+
+def built(config: RunConfig, engine: Engine, roles: Mapping[str, Sequence[str]]) -> Model:
+    """The networks of the experts that roles name, each with its own adapters, where the engine wants them."""
+    family = config.family
+    networks: dict[str, nn.Module] = {}
+    adapters: dict[str, Adapters] = {}
+    for number, (expert, names) in enumerate(roles.items()):
+        network = family.load(engine.precision, expert, engine.berth(number))
+        paths = target_report(config, network).paths
+        adapters[expert] = config.adapter.attach(network, paths, names, config.seed)
+        networks[expert] = engine.place(network, family.blocks(network))
+    return joined(networks, adapters, engine, family)
+
+
+def joined(
+    networks: Mapping[str, nn.Module], adapters: Mapping[str, Adapters], engine: Engine, family: ModelFamily
+) -> Model:
+    """One model of one network, or of several under their experts' names."""
+    if len(networks) == 1:
+        (network,), (own,) = networks.values(), adapters.values()
+        return Model(network, family, own)
+    together = nn.ModuleDict(dict(networks))
+    return Model(together, family, SeveralAdapters(adapters), ready=engine.alternate(networks))
 
 
 def start_from(config: RunConfig, learner: Learner) -> None:
-    """Give a new run's first role the weights of an earlier adapter, at the strength that they had there.
+    """Give a new run's adapters the weights of an earlier one, at the strength that they had there.
 
     Raises ModelError when that adapter has other layers or another rank.
     """
     path = config.adapter.start_from
-    if path is not None:
-        tensors = tensors_at_scale(read_adapter(find_adapter(path)), config.adapter.scale)
-        learner.model.adapters.load_state_dict(learner.objective.roles[0], tensors)
+    if path is None:
+        return
+    for role in learner.shown:
+        earlier = read_adapter(find_adapter(path, role))
+        tensors = tensors_at_scale(earlier, config.adapter.scale, config.adapter.conv_scale)
+        learner.model.adapters.load_state_dict(role, tensors)
 
 
-def find_adapter(path: Path) -> Path:
-    """The adapter of a run's folder, or the path itself."""
-    return path / "adapter" if (path / "events.rank0.jsonl").is_file() else path
+def find_adapter(path: Path, role: str = DEFAULT.name) -> Path:
+    """A role's adapter in a run's folder, or else the path itself."""
+    named = path / adapter_folder("adapter", role)
+    return named if named.is_dir() else path
+
+
+def adapter_folder(stem: str, role: str) -> str:
+    """adapter, or adapter_high for the adapter of an expert."""
+    return stem if role == DEFAULT.name else f"{stem}_{role}"
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from weft.run.config import RunConfig
 from weft.run.estimate import estimate
 from weft.run.learner import Learner
 from weft.run.listeners import EventLog
-from weft.run.rehearsal import rehearsed
+from weft.run.rehearsal import Stage, rehearsed
 from weft.run.train import Course, Outcome, train
 
 WARM_UP = 3
@@ -37,7 +37,7 @@ class RandomClips:
     """A stream of random latents of one shape, made before the clock runs."""
 
     latents: tuple[int, ...]
-    conditions: Callable[[int], Any]
+    conditions: Callable[[int, int, int, int], Any]
     items: int
     last_step: int
     name: str = "random"
@@ -49,7 +49,7 @@ class RandomClips:
                 chance = generator("cpu", "bench", i)
                 latents = torch.randn((self.items, *self.latents), generator=chance)
                 keys = tuple(f"{i}.{k}" for k in range(self.items))
-                self.made.append(Batch({"latents": latents, **self.conditions(self.items)}, keys))
+                self.made.append(Batch({"latents": latents, **self.conditions(self.items, *self.latents[1:])}, keys))
         number = start
         while True:
             yield self.made[number % len(self.made)]
@@ -99,7 +99,7 @@ def bench(config: RunConfig, bucket: Bucket, steps: int) -> dict[str, Any]:
     seconds = [event.seconds["total"] for event in counted]
     flops = model_flops(config, bucket) * config.schedule.accumulate
     predicted = estimate(config, [bucket], count_parameters(learner).trainable)[bucket]
-    losses = [event.metrics["train/loss"] for event in heard.steps]
+    losses = [next(value for name, value in e.metrics.items() if name.endswith("/loss")) for e in heard.steps]
     tokens = bucket.tokens * items * config.schedule.accumulate
     return {
         "schema": SCHEMA,
@@ -152,8 +152,7 @@ def case(config: RunConfig, bucket: Bucket) -> dict[str, Any]:
         "tokens": bucket.tokens,
         "batch": config.data.batch_size,
         "accumulate": config.schedule.accumulate,
-        "backend": config.adapter.backend,
-        "rank": config.adapter.rank,
+        "adapter": config.adapter.summary(),
         "targets": config.adapter.targets,
         "recompute": config.engine.recompute,
     }
@@ -188,7 +187,7 @@ def model_flops(config: RunConfig, bucket: Bucket) -> int:
     Matrix products and convolutions as torch counts them; attention 4 Nq Nk d forward and 8 Nq Nk d backward.
     """
     counter = FlopCounterMode(display=False, custom_mapping=attention_flops())
-    with rehearsed(config, bucket, torch.float32) as rehearsal, counter:
+    with rehearsed(config, bucket, Stage(torch.float32)) as rehearsal, counter:
         rehearsal.loss().backward()
     return counter.get_total_flops()
 
@@ -242,5 +241,3 @@ def peak_memory(engine: Engine) -> int:
         return torch.cuda.max_memory_allocated(engine.device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-

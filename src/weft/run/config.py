@@ -38,7 +38,7 @@ class Save(Section):
     every: int = Field(default=250, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: int = Field(default=3, ge=1, description="newest checkpoints that are kept")
     formats: tuple[str, ...] = Field(
-        default=("peft", "diffusers"), min_length=1, description="formats of the saved adapter: peft, diffusers"
+        default=(), description="formats of the saved adapter: peft, diffusers; none: all that its kind has"
     )
 
     @model_validator(mode="after")
@@ -65,16 +65,44 @@ class Validation(Section):
     seed: int = Field(default=0, ge=0, description="seed of the fixed noise")
 
 
+class Prompt(Section):
+    """One video to make: a text, and the first frame for a model that goes on from an image. A bare text will do."""
+
+    text: str = Field(description="what to generate")
+    image: Path | None = Field(default=None, description="first frame, for image-to-video models; cut to the size")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_text(cls, value: Any) -> Any:
+        return {"text": value} if isinstance(value, str) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> Any:
+        return {"anyOf": [{"type": "string"}, handler(schema)]}
+
+
 class Samples(Section):
     """Videos made during training from the same noise, once with the base alone for comparison."""
 
     every: int = Field(default=0, ge=0, description="steps between samples; 0: only at the end, when there are prompts")
-    prompts: tuple[str, ...] = Field(default=(), description="what to generate")
+    prompts: tuple[Prompt, ...] = Field(
+        default=(), description="what to generate: texts, or {text: ..., image: FILE} to go on from an image"
+    )
     frames: int = Field(default=81, ge=1, description="frames of a sample, of the form 4k+1")
     width: int = Field(default=832, ge=8, description="pixels")
     height: int = Field(default=480, ge=8, description="pixels")
     steps: int = Field(default=30, ge=1, description="denoising steps")
-    guidance: float = Field(default=5.0, ge=0, description="classifier-free guidance g in u + g(c-u); 1: off")
+    guidance: float = Field(
+        default=5.0, ge=0, description="classifier-free guidance g in u + g(c-u), 1: off; HunyuanVideo's own input"
+    )
+    guidance_low: float | None = Field(
+        default=None, ge=0, description="guidance of the low expert of two; null: as guidance"
+    )
+    experts: Literal["all", "trained"] = Field(
+        default="all",
+        description="networks that make a sample when one of two experts is trained: both, the other one without an "
+        "adapter, or the trained one alone",
+    )
     negative: str = Field(default="", description="negative prompt of the guidance")
     seed: int = Field(default=0, ge=0, description="seed of the noise")
     baseline: bool = Field(default=True, description="also sample the base without the adapter, once")
@@ -110,6 +138,21 @@ class RunConfig(Section):
         default=(), description="dotted keys that may differ from the checkpoint's config, such as optimizer.lr"
     )
 
+    @model_validator(mode="after")
+    def _adapter_has_formats(self) -> "RunConfig":
+        odd = [name for name in self.save.formats if name not in self.adapter.formats]
+        if odd:
+            known = ", ".join(self.adapter.formats)
+            raise ValueError(
+                f"save.formats: an adapter of kind {self.adapter.kind} is written as {known}, not as {odd[0]}"
+            )
+        return self
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Formats that adapters are written in."""
+        return self.save.formats or self.adapter.formats
+
     @property
     def folder(self) -> Path:
         """Where the run lives."""
@@ -122,12 +165,16 @@ class RunConfig(Section):
 
 # Keys that change no number of the training: a resumed run may differ in them without being told so.
 FREE_ON_RESUME = ("name", "output", "resume", "resume_allow", "save", "samples", "validation", "data.cache",
-                  "data.cache_folder", "data.unreadable")  # fmt: skip
+                  "data.cache_folder", "data.unreadable", "data.dropped", "data.too_short", "data.workers",
+                  "engine.stream_blocks", "engine.offload_inputs", "engine.experts", "engine.pinned")  # fmt: skip
 
 
 # Keys that a saved state cannot be fitted to when they change.
-FIXED_ON_RESUME = ("family", "adapter.kind", "adapter.rank", "adapter.targets", "adapter.exclude", "adapter.dora",
-                   "objective.kind", "optimizer.kind", "optimizer.path", "ema", "inputs.network")  # fmt: skip
+FIXED_ON_RESUME = (
+    "family", "adapter.kind", "adapter.rank", "adapter.targets", "adapter.exclude", "adapter.dora", "adapter.conv_rank",
+    "adapter.init", "adapter.factor", "adapter.decompose_both", "adapter.block_size", "adapter.share_blocks",
+    "adapter.series", "objective.kind", "optimizer.kind", "optimizer.path", "ema", "inputs.network",
+)  # fmt: skip
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:

@@ -1,61 +1,61 @@
-"""How much device memory a run will take, counted on fake tensors: the real network, adapters and autograd run with
-shapes but without storage, and what autograd keeps for the backward pass is added up."""
+"""How much device memory a run will take, counted on fake tensors: the real network, adapters, autograd and engine run
+with shapes but without storage, and the memory that they would hold at a time is followed through one step."""
 
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch import nn
 
+from weft.contracts import ModelFamily
 from weft.data.buckets import Bucket
+from weft.engines.residency import RING, Residence, memory_of, streamed_blocks, together
 from weft.engines.single_device import DTYPES, best_device, best_precision
+from weft.run.assemble import target_report
 from weft.run.config import RunConfig
-from weft.run.rehearsal import rehearsed
+from weft.run.rehearsal import LiveBytes, Stage, block_lists, rehearsed
 
 FIXED = 0.6 * 2**30  # bytes: context of the device and the workspaces of its libraries, on CUDA
 STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "custom": 8}  # of optimizer state for each trainable parameter
 FULL = {**DTYPES, "fp32": torch.float32}
+DEPTH = 2  # blocks of a network of equal blocks that are rehearsed, and one more, to know what each further one takes
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on the device in one training step of one bucket."""
+    """Bytes on the device in one training step of one bucket, and what waits in host memory."""
 
     weights: int
     adapter: int  # fp32 weights, gradients, optimizer state, moving average
     activations: int
     fixed: int
+    host: int = 0  # frozen weights that wait for their turn
 
     @property
     def total(self) -> int:
+        """On the device."""
         return self.weights + self.adapter + self.activations + self.fixed
 
 
-@dataclass
-class Kept:
-    """Bytes that autograd keeps, by storage; `inside` holds the number of the block that runs, or None."""
+@dataclass(frozen=True)
+class Card:
+    """The device that an estimate is made for. memory: bytes of its own, where that is known."""
 
-    base: set[int]
-    seen: dict[int, tuple[int, int | None]] = field(default_factory=dict)
-    inside: int | None = None
-    inputs: int = 0  # bytes of the blocks' inputs, which recomputation keeps instead
+    gpu: bool
+    memory: int | None
 
-    def pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.base:
-            self.seen.setdefault(storage._cdata, (storage.nbytes(), self.inside))
-        return tensor
 
-    def bytes_of(self, block: int | None) -> int:
-        return sum(size for size, inside in self.seen.values() if inside == block)
+@dataclass(frozen=True)
+class Held:
+    """Bytes beside the weights: kept for the backward pass, and the most at a time in both passes."""
 
-    def peak(self, blocks: int, recompute: bool) -> int:
-        """Without recomputation everything kept; with it the blocks' inputs and the largest block."""
-        if not recompute:
-            return sum(size for size, _ in self.seen.values())
-        return self.bytes_of(None) + self.inputs + max(self.bytes_of(i) for i in range(blocks))
+    kept: int
+    peak: int
+
+    def further(self, other: "Held", times: int) -> "Held":
+        """This, and so many times what the other has more."""
+        return Held(*(a + times * (b - a) for a, b in ((self.kept, other.kept), (self.peak, other.peak))))
 
 
 def precision_of(config: RunConfig) -> str:
@@ -70,47 +70,121 @@ def device_of(config: RunConfig) -> torch.device:
     return torch.device(best_device() if config.engine.device == "auto" else config.engine.device)
 
 
-def estimate(config: RunConfig, buckets: list[Bucket], trainable: int) -> dict[Bucket, Estimate]:
-    """An estimate for each bucket at the config's batch size."""
-    dtype = FULL[config.family.weight_dtype(precision_of(config))]
-    weights = sum(p.numel() for p in config.family.skeleton().parameters()) * dtype.itemsize
-    state = 8 + STATE_BYTES[config.optimizer.kind] + (4 if config.ema else 0)
-    fixed = int(FIXED) if device_of(config).type == "cuda" else 0
-    return {
-        bucket: Estimate(weights, trainable * state, activations(config, bucket), fixed) for bucket in buckets
-    }
+def card_of(config: RunConfig) -> Card:
+    """The device that the engine will take, as this machine has it."""
+    device = device_of(config)
+    return Card(device.type != "cpu", memory_of(device))
+
+
+def estimate(
+    config: RunConfig, buckets: Sequence[Bucket], trainable: int, card: Card | None = None
+) -> dict[Bucket, Estimate]:
+    """An estimate for each bucket at the config's batch size. trainable: parameters of all adapters. card: that the run
+    is planned for, if not this machine's.
+
+    Raises ConfigError when more blocks are to be streamed than there are.
+    """
+    card = card or card_of(config)
+    found = all_activations(config, buckets)
+    return {bucket: composed(config, found[bucket], trainable, card) for bucket in buckets}
+
+
+def composed(config: RunConfig, activations: int, trainable: int, card: Card) -> Estimate:
+    """The whole from what is already known of a step's activations."""
+    by_block = config.family.weight_bytes(precision_of(config))
+    weights, host = divided(by_block, config.engine.residence(), len(config.family.experts), card.memory)
+    fixed = int(FIXED) if card.gpu else 0
+    return Estimate(weights, adapter_bytes(config, trainable), activations, fixed, host)
+
+
+def adapter_bytes(config: RunConfig, trainable: int) -> int:
+    """Weights, gradients, optimizer state and moving average of what is trained."""
+    return trainable * (8 + STATE_BYTES[config.optimizer.kind] + (4 if config.ema else 0))
+
+
+def divided(
+    by_block: Mapping[int | None, int], residence: Residence, experts: int, memory: int | None
+) -> tuple[int, int]:
+    """Of so many networks with so many bytes in each block: what is on a device with so much memory, and what waits."""
+    numbers = streamed_blocks(sum(block is not None for block in by_block), residence.stream_blocks)
+    streaming = [by_block[number] for number in numbers]
+    staying = sum(by_block.values()) - sum(streaming)
+    ring = min(RING, len(numbers)) * max(streaming, default=0)
+    if experts == 1 or together(residence.experts, experts * staying, memory):
+        return experts * staying + ring, experts * sum(streaming)
+    return staying + ring, experts * (sum(streaming) + staying)
+
+
+# ---- Activations ----------------------------------------------------------------------------------------------------
+
+
+def all_activations(config: RunConfig, buckets: Sequence[Bucket]) -> dict[Bucket, int]:
+    """`activations` of each bucket. Of many only the largest and the smallest are rehearsed: it is linear in tokens."""
+    ordered = sorted(buckets, key=lambda bucket: bucket.tokens)
+    rehearse = ordered if len(ordered) <= 2 else [ordered[0], ordered[-1]]
+    found = {bucket: activations(config, bucket) for bucket in rehearse}
+    if len(found) == len(set(ordered)):
+        return found
+    low, high = rehearse
+    slope = (found[high] - found[low]) / max(1, high.tokens - low.tokens)
+    return {b: found[b] if b in found else round(found[low] + slope * (b.tokens - low.tokens)) for b in ordered}
 
 
 def activations(config: RunConfig, bucket: Bucket) -> int:
-    """Bytes that autograd keeps for one micro-batch."""
+    """The most bytes at a time, beside weights and adapters, of one micro-batch forward and backward."""
+    return held(config, bucket).peak
+
+
+def held(config: RunConfig, bucket: Bucket) -> Held:
+    """What one micro-batch holds. A long row of equal blocks is rehearsed in short, since each takes the same."""
+    residence = replace(config.engine.residence(), stream_blocks=0, experts="together", pinned=False, verified=False)
+    depth = equal_blocks(config)
+    if depth <= DEPTH + 1:
+        return rehearsed_bytes(config, bucket, residence, ())
+    short, longer = (rehearsed_bytes(config, bucket, residence, (count,)) for count in (DEPTH, DEPTH + 1))
+    return short.further(longer, depth - DEPTH)
+
+
+def rehearsed_bytes(config: RunConfig, bucket: Bucket, residence: Residence, depths: tuple[int, ...]) -> Held:
+    """Follow the memory of one rehearsal."""
     precision = precision_of(config)
-    with rehearsed(config, bucket, FULL[config.family.weight_dtype(precision)]) as rehearsal:
-        network = rehearsal.network
-        kept = Kept({p.untyped_storage()._cdata for p in [*network.parameters(), *network.buffers()]})
-        watch_blocks(rehearsal.blocks, kept)
-        with mixed(precision), saved_tensors_hooks(kept.pack, lambda tensor: tensor):
-            rehearsal.loss()
-        return kept.peak(len(rehearsal.blocks), config.engine.recompute)
+    stage = Stage(FULL[config.family.weight_dtype(precision)], precision, residence, depths)
+    with rehearsed(config, bucket, stage) as rehearsal:
+        live, inputs = LiveBytes(), rehearsal.engine.inputs
+        for parameter in rehearsal.adapters.parameters(rehearsal.role).values():
+            parameter.grad = torch.zeros_like(parameter)  # gradients are the adapter's own account
+        if inputs is not None:
+            inputs.host_memory = live.ignoring
+        with live:
+            loss = rehearsal.loss()
+            kept = live.now
+            loss.backward()
+        return Held(kept, live.peak + (inputs.largest if inputs is not None else 0))
 
 
-def watch_blocks(blocks: Sequence[nn.Module], kept: Kept) -> None:
-    """Tell the account which block runs, and how large its input is."""
-
-    def enter(number: int):
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            kept.inside = number
-            kept.inputs += args[0].untyped_storage().nbytes()
-
-        return hook
-
-    def leave(module: nn.Module, args: object, output: object) -> None:
-        kept.inside = None
-
-    for number, block in enumerate(blocks):
-        block.register_forward_pre_hook(enter(number))
-        block.register_forward_hook(leave)
+def equal_blocks(config: RunConfig) -> int:
+    """How many blocks a network of one row of blocks has, all adapted alike; 0 for other networks."""
+    family: ModelFamily = config.family
+    network = family.skeleton()
+    lists = block_lists(family, network)
+    if len(lists) != 1:
+        return 0
+    (blocks,) = lists
+    prefix = next(path for path, module in network.named_modules() if module is blocks)
+    adapted = _adapted(target_report(config, network).paths, prefix)
+    alike = {frozenset(adapted[str(number)]) for number in range(len(blocks))}
+    return len(blocks) if len(alike) == 1 and _same_shapes(blocks) else 0
 
 
-def mixed(precision: str):
-    """Autocast of fake cpu tensors, which casts as the device's would."""
-    return nullcontext() if precision == "fp32" else torch.autocast("cpu", dtype=DTYPES[precision])
+def _adapted(paths: Sequence[str], prefix: str) -> dict[str, set[str]]:
+    """Adapted layers of each block, by its number."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for path in paths:
+        if path.startswith(f"{prefix}."):
+            number, _, rest = path.removeprefix(f"{prefix}.").partition(".")
+            found[number].add(rest)
+    return found
+
+
+def _same_shapes(blocks: nn.ModuleList) -> bool:
+    return len({tuple((name, p.shape) for name, p in block.named_parameters()) for block in blocks}) == 1

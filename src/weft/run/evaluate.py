@@ -1,8 +1,8 @@
 """Validation: the loss on held-out items at fixed noise and fixed times, against the base with its adapter off."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from weft.contracts import Batch, Validated
 from weft.events import Evaluated
 from weft.run.learner import Learner
+from weft.run.shortage import naming
 
 
 @contextmanager
@@ -56,41 +57,61 @@ class Evaluator:
     batches: Sequence[Batch]
     failed: int
     seed: int
-    baseline: list[Tensor] | None = None
+    baseline: Tensor | None = None  # (pairs, items)
 
     def evaluate(self, learner: Learner) -> Evaluated:
         objective = learner.objective
         assert isinstance(objective, Validated), f"{objective} has no fixed measure"
-        role = learner.objective.roles[0]
+        pairs = objective.measured(learner.experts)
         with resting(learner.model.network), torch.no_grad():
             if self.baseline is None:
-                self.baseline = list(self._losses(learner, objective, None))
+                self.baseline = self._losses(learner, objective, adapter=False)
             with averaged(learner):
-                losses = list(self._losses(learner, objective, role))
-        times = [f"{time:g}" for time in objective.validation_times]
-        if not losses:
+                losses = self._losses(learner, objective, adapter=True)
+        if not self.batches:
             return Evaluated(step=learner.step, loss=None, baseline=None, by_time={}, baseline_by_time={},
                              items=0, failed=self.failed)  # fmt: skip
-        now, before = torch.cat(losses, 1).double(), torch.cat(self.baseline, 1).double()  # (times, items)
+        now, before = losses.double(), self.baseline.double()  # (pairs, items)
         difference = (now - before).mean(0)  # (items,)
         error = float(difference.std() / math.sqrt(len(difference))) if len(difference) > 1 else None
+        several = len(learner.experts) > 1
+        times = [f"{expert} {time:g}" if several else f"{time:g}" for expert, time in pairs]
         return Evaluated(
             step=learner.step,
             loss=float(now.mean()),
             baseline=float(before.mean()),
             by_time=dict(zip(times, now.mean(1).tolist(), strict=True)),
             baseline_by_time=dict(zip(times, before.mean(1).tolist(), strict=True)),
+            by_expert=by_expert(pairs, now) if several else {},
             items=now.shape[1],
             failed=self.failed,
             standard_error=error,
         )
 
-    def _losses(self, learner: Learner, objective: Validated, role: str | None) -> Iterable[Tensor]:
-        """For each batch the losses (times, B) on the cpu."""
-        for batch in self.batches:
-            on_device = learner.engine.put(batch)
-            with learner.model.adapters.use(role), learner.engine.computing():
-                rows = [
-                    objective.measure(learner.model, on_device, time, self.seed) for time in objective.validation_times
-                ]
-            yield torch.stack(rows).cpu()
+    def _losses(self, learner: Learner, objective: Validated, adapter: bool) -> Tensor:
+        """(pairs, items) on the cpu, with the adapters or of the base alone; one expert after the other."""
+        rows = []
+        for expert, time in objective.measured(learner.experts):
+            row = []
+            for batch in self.batches:
+                on_device = learner.engine.put(batch)
+                with naming("validation", learner.engine.device), in_use(learner, adapter), learner.engine.computing():
+                    row.append(objective.measure(learner.model, on_device, expert, time, self.seed).cpu())
+            rows.append(torch.cat(row) if row else torch.zeros(0))
+        return torch.stack(rows)
+
+
+def by_expert(pairs: Sequence[tuple[str, float]], losses: Tensor) -> dict[str, float]:
+    """The mean of (pairs, items) over each expert's own pairs."""
+    names = dict.fromkeys(expert for expert, _ in pairs)
+    return {name: float(losses[[expert == name for expert, _ in pairs]].mean()) for name in names}
+
+
+@contextmanager
+def in_use(learner: Learner, adapter: bool = True) -> Iterator[None]:
+    """Answer under the adapters that are shown, of every expert at once; or as the base alone."""
+    adapters = learner.model.adapters
+    with ExitStack() as stack:
+        for role in learner.shown if adapter else (None,):
+            stack.enter_context(adapters.use(role))
+        yield

@@ -1,10 +1,10 @@
 """A run's folder: what stands where, and how files and folders come to be there whole or not at all.
 
-    config.yaml            resolved; parses to the same config          config.input.yaml   as the user wrote it
-    environment.json       versions, device, git, command line          process.rank0.json  who runs here, since when
-    events.rank0.jsonl     one event a line, appended for ever
-    checkpoints/global_step_N/   everything to resume exactly           global_step_N/      the adapter, for use
-    adapter/               the finished adapter                         samples/ incidents/
+config.yaml            resolved; parses to the same config          config.input.yaml   as the user wrote it
+environment.json       versions, device, git, command line          process.rank0.json  who runs here, since when
+events.rank0.jsonl     one event a line, appended for ever
+checkpoints/global_step_N/   everything to resume exactly           global_step_N/      the adapter, for use
+adapter/               the finished adapter                         samples/ incidents/
 """
 
 import errno

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from weft.contracts import Engine, Model, Objective, Rng, State
+from weft.contracts import Engine, Expert, Model, Objective, Rng, State
 from weft.math.chance import generator, seed_of
+from weft.run.pace import Pace
 
 
 @dataclass
@@ -40,19 +41,30 @@ class Learner:
     engine: Engine
     optimizers: dict[str, Optimizer]
     seed: int
+    pace: Pace
     ema: dict[str, MovingAverage] = field(default_factory=dict)
     step: int = 0
     drawn: int = 0
     skipped_in_a_row: int = 0
 
-    def rng(self, phase: str) -> Rng:
-        """The chance of the micro-batch that was drawn last. Dropout draws from torch's global generator, so that is
-        seeded for the same place."""
+    @property
+    def experts(self) -> tuple[Expert, ...]:
+        """The networks that are trained."""
+        return self.model.family.experts
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The roles whose adapters are exported, measured and sampled, one for each expert."""
+        return self.objective.shown(self.experts)
+
+    def rng(self, phase: str, draw: int) -> Rng:
+        """The chance of the micro-batch that was drawn last, number `draw` of its phase on this rank. Dropout draws
+        from torch's global generator, so that is seeded for the same place."""
         engine, place = self.engine, (self.step, phase, self.drawn)
         torch.manual_seed(seed_of(self.seed, "global", *place, engine.rank))
         return Rng(
             own=generator(engine.device, self.seed, "own", *place, engine.rank),
             shared=generator("cpu", self.seed, "shared", *place),
             seed=self.seed,
-            draw=(self.drawn - 1) * engine.world + engine.rank,
+            draw=draw * engine.world + engine.rank,
         )

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,6 +15,7 @@ from weft import events
 from weft.events import Event
 
 PLAIN_SECONDS = 10.0  # between two lines of progress when the output is no terminal
+SMOOTHING = 0.9  # share of the earlier mean that stays at each step
 
 
 class EventLog:
@@ -91,6 +93,63 @@ class Eta:
         return None if self._pace is None else self._pace * steps
 
 
+class DataWait:
+    """Which share of recent steps the loop spent waiting for its data, and the sentence when that is too much."""
+
+    STEPS = 50
+    LIMIT = 0.10  # of the steps' time
+
+    def __init__(self) -> None:
+        self._recent: deque[tuple[float, float]] = deque(maxlen=self.STEPS)  # seconds: for data, in total
+        self._said = False
+
+    def step(self, seconds: Mapping[str, float]) -> None:
+        self._recent.append((seconds["data"], seconds["total"]))
+
+    @property
+    def share(self) -> float | None:
+        """None before the first step."""
+        total = sum(whole for _, whole in self._recent)
+        return sum(waited for waited, _ in self._recent) / total if total else None
+
+    def complaint(self) -> str | None:
+        """A sentence, once, when so many steps have waited too long."""
+        share = self.share
+        if self._said or share is None or share <= self.LIMIT or len(self._recent) < self.STEPS:
+            return None
+        self._said = True
+        return (
+            f"the loop waits for data {share:.0%} of the time: the last {self.STEPS} steps waited "
+            f"{sum(waited for waited, _ in self._recent):.1f} s for clips. With data.cache: disk they are encoded once "
+            "and then only read; where that is set, the disk or the free cores are too slow for these batches."
+        )
+
+
+class Losses:
+    """The moving mean of each phase's loss: two experts that take turns are two curves."""
+
+    def __init__(self) -> None:
+        self.means: dict[str, float] = {}
+
+    def step(self, metrics: Mapping[str, float | None]) -> tuple[str, float | None]:
+        """Take in a step; its first phase and that one's loss, None where it was not finite."""
+        found = {n.removesuffix("/loss"): value for n, value in metrics.items() if n.endswith("/loss")}
+        for phase, loss in found.items():
+            if loss is not None and math.isfinite(loss):
+                mean = self.means.get(phase, loss)
+                self.means[phase] = SMOOTHING * mean + (1 - SMOOTHING) * loss
+        phase = next(iter(found), "")
+        loss = found.get(phase)
+        return phase, loss if loss is not None and math.isfinite(loss) else None
+
+    def line(self) -> str:
+        """The means in few words, under their phases' names when there are several."""
+        named = len(self.means) > 1
+        return (
+            "  ".join(f"{phase} {mean:.4f}" if named else f"{mean:.4f}" for phase, mean in self.means.items()) or "--"
+        )
+
+
 def clock(seconds: float | None) -> str:
     """1:02:03, 2:03, or -- when it is not known."""
     if seconds is None:
@@ -112,7 +171,8 @@ class Terminal:
         )  # fmt: skip
         self._tasks: dict[str, TaskID] = {}
         self._eta = Eta()
-        self._loss: float | None = None
+        self._wait = DataWait()
+        self._losses = Losses()
         self._said = 0.0
         self._total = 0
         self._handlers: Mapping[type[Event], Callable[[Any], None]] = {
@@ -167,22 +227,24 @@ class Terminal:
         )
 
     def _step(self, event: events.StepEnded) -> None:
-        loss = next((value for name, value in event.metrics.items() if name.endswith("/loss")), None)
-        if loss is not None and loss == loss:
-            self._loss = loss if self._loss is None else 0.9 * self._loss + 0.1 * loss
+        self._losses.step(event.metrics)
         self._eta.step(event.seconds["total"])
+        self._wait.step(event.seconds)
         pace = f"{self._eta.pace:.2f} s/step" if self._eta.pace else "warming up"
         left = clock(self._eta.left(self._total - event.step))
-        smooth = f"{self._loss:.4f}" if self._loss is not None else "--"
-        self._show("training", event.step, self._total, f"loss {smooth}  {pace}  {left} left")
+        self._show("training", event.step, self._total, f"loss {self._losses.line()}  {pace}  {left} left")
+        if complaint := self._wait.complaint():
+            self._say(complaint)
 
     def _evaluated(self, event: events.Evaluated) -> None:
         if event.loss is None or event.baseline is None:
             self._say(f"step {event.step}: validation measured nothing, {event.failed} items failed")
             return
         failed = f", {event.failed} items FAILED" if event.failed else ""
+        each = ", ".join(f"{name} {loss:.4f}" for name, loss in event.by_expert.items())
+        each = f" ({each})" if each else ""
         self._say(
-            f"step {event.step}: validation loss {event.loss:.4f}, without the adapter {event.baseline:.4f} "
+            f"step {event.step}: validation loss {event.loss:.4f}{each}, without the adapter {event.baseline:.4f} "
             f"({event.items} items{failed})"
         )
 

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 
 
 def manifest_hash(survey: Survey) -> str:
-    """Hash over every training item's key, caption, bucket and repeats: the data as it was trained on."""
+    """Hash over what every training item is: key, captions, bucket, repeats, rate. The data as it was trained on."""
     digest = sha256()
     for clip in survey.train:
-        digest.update(repr((clip.key, clip.caption, clip.bucket, clip.repeats)).encode())
+        rate = (clip.stride, clip.declared_fps)
+        digest.update(repr((clip.key, clip.captions, clip.bucket, clip.repeats, rate)).encode())
     return digest.hexdigest()
 
 

@@ -1,17 +1,26 @@
-"""One forward pass of a run's network and adapters on fake tensors: shapes and autograd are real, storage is not."""
+"""One forward and backward pass of a run's network and adapters on fake tensors: shapes, autograd and the engine's
+recomputation are real, storage is not."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from weft.contracts import Denoise, Model
+from weft.contracts import Adapters, Denoise, Model, ModelFamily
 from weft.data.buckets import Bucket
+from weft.engines.residency import Residence
+from weft.engines.single_device import SingleEngine
 from weft.run.assemble import target_report
 from weft.run.config import RunConfig
+
+PLAIN = Residence()
 
 
 @dataclass(frozen=True)
@@ -20,26 +29,69 @@ class Rehearsal:
 
     network: nn.Module
     blocks: tuple[nn.Module, ...]
+    adapters: Adapters
+    role: str
+    engine: SingleEngine
     loss: Callable[[], Tensor]
 
 
+@dataclass(frozen=True)
+class Stage:
+    """How a rehearsal computes. weights: the dtype in which frozen weights are kept, or to which they are decoded.
+
+    depths: blocks that are left of each list of blocks; empty: all.
+    """
+
+    weights: torch.dtype
+    precision: str = "fp32"
+    residence: Residence = PLAIN
+    depths: tuple[int, ...] = ()
+
+
 @contextmanager
-def rehearsed(config: RunConfig, bucket: Bucket, weights: torch.dtype) -> Iterator[Rehearsal]:
-    """Inside, tensors are fake. The native backend stands in for either: both make the same matrix products."""
-    family, role, items = config.family, config.objective.roles[0], config.data.batch_size
+def rehearsed(config: RunConfig, bucket: Bucket, stage: Stage) -> Iterator[Rehearsal]:
+    """Inside, tensors are fake; they stand for the largest questions that the family is asked."""
+    family, items = config.family, config.data.batch_size
+    role = config.objective.roles(family.experts[:1])[0]
+    with default_dtype(stage.weights):
+        network = family.skeleton("meta").requires_grad_(False)
+    paths = target_report(config, network).paths
+    for listed, depth in zip(block_lists(family, network), stage.depths, strict=False):
+        del listed[depth:]
+    there = {path for path, _ in network.named_modules()}
+    adapters = config.adapter.attach(network, [path for path in paths if path in there], (role,), 0)
     with FakeTensorMode():
-        with default_dtype(weights):
-            network = family.skeleton("cpu").requires_grad_(False)
-        native = config.adapter.model_copy(update={"backend": "native"})
-        adapters = native.attach(network, target_report(config, network).paths, (role,), 0)
-        x = torch.randn(items, *family.geometry().latent_shape(bucket.frames, bucket.height, bucket.width))
-        question = Denoise(x, torch.rand(items), family.conditions(items))
+        let_be_fake(network)
+        engine = SingleEngine(torch.device("cpu"), stage.precision, stage.residence)
+        blocks = tuple(family.blocks(network))
+        engine.place(network, blocks).train()
+        shape = family.geometry().latent_shape(bucket.frames, bucket.height, bucket.width)
+        given = torch.zeros(items, shape[1], dtype=torch.bool) if family.image == "frames" else None
+        question = Denoise(torch.randn(items, *shape), torch.rand(items), family.conditions(items, *shape[1:]), given)
+        model = Model(network, family, adapters)
+
+        def loss() -> Tensor:
+            with engine.computing():
+                return model.velocity(question).float().square().sum()
+
         with adapters.use(role):
-            yield Rehearsal(
-                network,
-                tuple(family.blocks(network)),
-                lambda: Model(network, family, adapters).velocity(question).float().square().sum(),
-            )
+            yield Rehearsal(network, blocks, adapters, role, engine, loss)
+
+
+def block_lists(family: ModelFamily, network: nn.Module) -> list[nn.ModuleList]:
+    """The lists of a network that hold its blocks, in order."""
+    blocks = set(family.blocks(network))
+    return [m for m in network.modules() if isinstance(m, nn.ModuleList) and len(m) and blocks.issuperset(m)]
+
+
+def let_be_fake(network: nn.Module) -> None:
+    """Replace the parameters and buffers of a network on the meta device by fake ones on the cpu."""
+    for module in network.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            fake = torch.empty(parameter.shape, dtype=parameter.dtype)
+            module.register_parameter(name, nn.Parameter(fake, requires_grad=parameter.requires_grad))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype), persistent=False)
 
 
 @contextmanager
@@ -51,3 +103,45 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the memory that operators take, real or fake, from its making until nothing refers to it any more.
+
+    ignore: what is made inside is not counted, such as copies in host memory.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+        self._ignoring = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in given:
+                self._see(leaf.untyped_storage())
+        return out
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if self._ignoring or key in self._known:
+            return
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+    @contextmanager
+    def ignoring(self) -> Iterator[None]:
+        before, self._ignoring = self._ignoring, True
+        try:
+            yield
+        finally:
+            self._ignoring = before

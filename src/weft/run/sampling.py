@@ -8,93 +8,93 @@ import numpy
 import torch
 from torch import Tensor
 
-from weft.contracts import Denoise, Encoders, Engine, Model, ModelFamily
-from weft.errors import ConfigError
+from weft.contracts import Denoise, Encoders, Engine, Expert, Model
+from weft.data.loader import padded
 from weft.geometry import VideoGeometry
-from weft.math.chance import generator
 from weft.math.flow import TIMESTEPS
+from weft.run.shots import Shot, Told
 
 TOKENS_PER_CALL = 40_000  # prompts are denoised together up to this many video tokens
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shot:
-    """One video to generate. guidance g: u + g(c - u), Wan's convention; at 1 the negative prompt costs nothing."""
+@dataclass(frozen=True)
+class Conditions:
+    """What the network is told beside noise and time, for B shots; of twice B, the second half is unguided.
 
-    prompt: str
-    negative: str = ""
-    frames: int
-    width: int
-    height: int
-    steps: int
-    guidance: float
-    seed: int
+    first: (B, C, 1, h, w), the clean latent frame that a video begins with.
+    """
 
-    def noise(self, geometry: VideoGeometry) -> Tensor:
-        """(1, C, f, h, w) fp32 that depends on the seed and the size alone: the same before and after training."""
-        shape = geometry.latent_shape(self.frames, self.height, self.width)
-        return torch.randn((1, *shape), generator=generator("cpu", self.seed, "sample"))
+    tensors: Mapping[str, Tensor]
+    first: Tensor | None
 
-
-def check_shape(geometry: VideoGeometry, frames: int, width: int, height: int, place: str) -> None:
-    """Raises ConfigError for a size that the model cannot make. place: put before each name, such as 'samples.'."""
-    problems = []
-    for side, value in (("width", width), ("height", height)):
-        step = geometry.side_multiple
-        if value % step:
-            near = max(step, round(value / step) * step)
-            problems.append(f"{place}{side}: {value} does not divide by {step}. The nearest is {near}.")
-    if frames != geometry.longest_clip(frames):
-        problems.append(
-            f"{place}frames: {frames} is not of the form {geometry.time_stride}k+1. "
-            f"The nearest below is {geometry.longest_clip(frames)}."
-        )
-    if problems:
-        raise ConfigError(*problems)
-
-
-def encode_prompts(shots: Sequence[Shot], encoders: Encoders) -> dict[str, Tensor]:
-    """Text states (L, D) of each prompt and negative prompt."""
-    texts = sorted({text for shot in shots for text in (shot.prompt, shot.negative)})
-    return dict(zip(texts, encoders.text(texts), strict=True))
+    def given(self, frames: int) -> Tensor | None:
+        """(B, F) bool: True for the first latent frame, where that is given."""
+        if self.first is None:
+            return None
+        return (torch.arange(frames, device=self.first.device) == 0).expand(len(self.first), frames)
 
 
 @torch.no_grad()
-def denoise(
-    model: Model, engine: Engine, family: ModelFamily, shots: Sequence[Shot], text: Mapping[str, Tensor]
-) -> Tensor:
-    """Latents (B, C, f, h, w) of shots that share size, steps and guidance, under the adapter in use."""
-    first, geometry = shots[0], family.geometry()
-    scheduler = family.scheduler()
-    scheduler.set_timesteps(first.steps, device=engine.device)
+def denoise(model: Model, engine: Engine, shots: Sequence[Shot], told: Told) -> Tensor:
+    """Latents (B, C, f, h, w) of shots that share size, steps and guidance, under the adapters in use."""
+    first, family = shots[0], model.family
+    geometry = family.geometry()
+    scheduler = family.sampler(first.steps, engine.device)
     latents = torch.cat([shot.noise(geometry) for shot in shots]).to(engine.device)
-    wanted = [text[shot.prompt] for shot in shots]
-    guided = first.guidance != 1
-    states = padded(wanted + [text[shot.negative] for shot in shots] if guided else wanted).to(engine.device)
+    guided = not family.embeds_guidance and any(first.guidance_of(e.name) != 1 for e in family.all_experts)
+    asked = conditions(shots, told, guided, family.embeds_guidance, engine.device)
+    given = asked.given(latents.shape[2])
     for timestep in scheduler.timesteps:
-        x = torch.cat([latents, latents]) if guided else latents
-        t = (timestep.float() / TIMESTEPS).to(engine.device).expand(len(x))
+        t = (timestep.float() / TIMESTEPS).to(engine.device)
+        # In double precision: as fp32, 900 / 1000 is below the boundary 0.9.
+        expert = expert_at(float(timestep) / TIMESTEPS, family.all_experts)
+        x = with_first(latents, asked.first)
+        twice = 2 if guided else 1
+        question = Denoise(
+            torch.cat([x] * twice), t.expand(twice * len(x)), asked.tensors,
+            None if given is None else torch.cat([given] * twice), expert,
+        )  # fmt: skip
         with engine.computing():
-            velocity = model.velocity(Denoise(x, t, {"text": states})).float()
+            velocity = model.velocity(question).float()
         if guided:
             conditional, unconditional = velocity.chunk(2)
-            velocity = unconditional + first.guidance * (conditional - unconditional)
+            velocity = unconditional + first.guidance_of(expert) * (conditional - unconditional)
         latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-    return latents
+    return with_first(latents, asked.first)
 
 
-def padded(states: Sequence[Tensor]) -> Tensor:
-    """(B, L, D) fp32 of states (L_i, D), zeros behind the shorter ones."""
-    return torch.nn.utils.rnn.pad_sequence([state.float() for state in states], batch_first=True)
+def expert_at(t: float, experts: Sequence[Expert]) -> str:
+    """Which network is asked at a time: the noisiest whose range has begun, as Wan asks `t >= boundary`."""
+    return next(expert.name for expert in experts if t >= expert.times[0])
 
 
-def generate(
-    model: Model, engine: Engine, family: ModelFamily, shots: Sequence[Shot], text: Mapping[str, Tensor]
-) -> list[Tensor]:
+def with_first(latents: Tensor, first: Tensor | None) -> Tensor:
+    """The latents (B, C, F, h, w) with their first frame in its place."""
+    return latents if first is None else torch.cat([first, latents[:, :, 1:]], dim=2)
+
+
+def conditions(shots: Sequence[Shot], told: Told, guided: bool, embedded: bool, device: torch.device) -> Conditions:
+    """Text and first frames of shots as one batch; twice as large when it is guided. Raises nothing: shots were
+    checked."""
+    halves = [told.texts[shot.prompt] for shot in shots] + [told.texts[shot.negative] for shot in shots if guided]
+    text, mask = padded([half["text"] for half in halves])
+    tensors = {"text": text, "text_mask": mask}
+    tensors |= {name: torch.stack([half[name] for half in halves]) for name in halves[0] if name != "text"}
+    if embedded:
+        tensors["guidance"] = torch.tensor([shot.guidance for shot in shots])
+    images = [told.image_of(shot) for shot in shots]
+    stacked = {name: torch.cat([image[name] for image in images]) for name in images[0]}
+    first = stacked.pop("first", None)
+    tensors |= {name: torch.cat([tensor] * (2 if guided else 1)) for name, tensor in stacked.items()}
+    on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return Conditions(on_device, None if first is None else first.to(device))
+
+
+def generate(model: Model, engine: Engine, shots: Sequence[Shot], told: Told) -> list[Tensor]:
     """Latents (1, C, f, h, w) of each shot, in order; shots of one shape are denoised together."""
     latents: dict[int, Tensor] = {}
-    for numbers in _alike(shots, family.geometry()):
-        together = denoise(model, engine, family, [shots[i] for i in numbers], text)
+    for numbers in _alike(shots, model.family.geometry()):
+        together = denoise(model, engine, [shots[i] for i in numbers], told)
         latents |= {i: together[k : k + 1].cpu() for k, i in enumerate(numbers)}
     return [latents[i] for i in range(len(shots))]
 
@@ -104,7 +104,8 @@ def _alike(shots: Sequence[Shot], geometry: VideoGeometry) -> list[list[int]]:
     groups: dict[tuple[Any, ...], list[list[int]]] = {}
     for i, shot in enumerate(shots):
         most = max(1, TOKENS_PER_CALL // (2 * geometry.tokens(shot.frames, shot.height, shot.width)))
-        like = groups.setdefault((shot.frames, shot.height, shot.width, shot.steps, shot.guidance), [[]])
+        alike = (shot.frames, shot.height, shot.width, shot.steps, shot.guidance, shot.guidance_low, shot.image is None)
+        like = groups.setdefault(alike, [[]])
         if len(like[-1]) == most:
             like.append([])
         like[-1].append(i)

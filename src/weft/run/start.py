@@ -16,7 +16,6 @@ from weft.data.survey import Survey
 from weft.durable import write_whole
 from weft.errors import ConfigError, RunError
 from weft.events import Listener, Notice, PhaseStarted, RunEnded, RunStarted, tell_all
-from weft.formats.adapter_file import paths_in
 from weft.formats.reading import read_adapter
 from weft.run.assemble import (
     assemble,
@@ -31,17 +30,22 @@ from weft.run.checkpoint import find_checkpoint, read_checkpoint, restore_learne
 from weft.run.config import FIXED_ON_RESUME, FREE_ON_RESUME, RunConfig
 from weft.run.evaluate import Evaluator
 from weft.run.folder import claim, environment, is_disk_full, remove_leftovers, write_json
+from weft.run.gpu_log import open_gpu_log
 from weft.run.learner import Learner
 from weft.run.listeners import EventLog
-from weft.run.milestones import Keeper, LazyEncoders
+from weft.run.milestones import Keeper
 from weft.run.provenance import manifest_hash, provenance
-from weft.run.sampling import check_shape
+from weft.run.shortage import explained, naming
+from weft.run.shots import check_shots, shots_of
+from weft.run.showing import Gallery, LazyEncoders
 from weft.run.train import Course, train
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended. adapter: the finished adapter's folder, or None when it was stopped before the end."""
+    """How a run ended. adapter: the finished adapter's folder, or None when it was stopped before the end.
+    adapters: those of all experts, where several were trained; adapter is the first of them.
+    """
 
     folder: Path
     step: int
@@ -49,6 +53,7 @@ class Result:
     adapter: Path | None
     loss: float | None = None
     baseline: float | None = None
+    adapters: tuple[Path, ...] = ()
 
 
 def train_run(
@@ -66,7 +71,7 @@ def train_run(
     run.mkdir(parents=True, exist_ok=True)
     process = claim(run)
     log = EventLog(run / "events.rank0.jsonl")
-    tell = tell_all(log, tell)
+    tell = tell_all(log, open_gpu_log(run, config.engine.open().device), tell)
     learner: Learner | None = None
     try:
         remove_leftovers(run)
@@ -76,19 +81,20 @@ def train_run(
         if checkpoint is None or checkpoint.parent == run / "checkpoints":
             for folder in set_aside_after(run, checkpoint):
                 tell(Notice(text=f"{folder.name}: a checkpoint beyond the start of this run, set aside"))
-        learner, keeper, stream = prepare(config, survey, inputs, tell)
-        seed_chance(config.seed)
-        if state is None:
-            start_from(config, learner)
-        else:
-            restore_learner(learner, state)
-            keeper.saved_at = learner.step
-        tell(started(config, learner, checkpoint))
-        keeper.before_start(learner)
-        tell(PhaseStarted(phase="training", total=config.schedule.steps))
-        finished = train(learner, stream, Course(config.schedule, keeper, tell, stop))
-        result = conclude(learner, keeper, finished)
-        tell(RunEnded(step=learner.step, outcome="finished" if finished else "stopped"))
+        with explained(config):
+            learner, keeper, stream = prepare(config, survey, inputs, tell)
+            seed_chance(config.seed)
+            if state is None:
+                start_from(config, learner)
+            else:
+                restore_learner(learner, state)
+                keeper.saved_at = learner.step
+            tell(started(config, learner, checkpoint))
+            keeper.before_start(learner)
+            tell(PhaseStarted(phase="training", total=config.schedule.steps))
+            finished = train(learner, stream, Course(config.schedule, keeper, tell, stop))
+            result = conclude(learner, keeper, finished)
+            tell(RunEnded(step=learner.step, outcome="finished" if finished else "stopped"))
         return result
     except BaseException as failed:
         if is_disk_full(failed):  # nor could the log take another line
@@ -106,6 +112,7 @@ def train_run(
 
 def check(config: RunConfig) -> Survey:
     """All that can be refused before weights are read: model files, clips, targets, buckets, sample sizes."""
+    config.objective.check(config.family)
     survey = config.data.survey(config.family.geometry())
     survey.refuse_when_unusable(config.data.unreadable)
     check_samples(config)
@@ -120,13 +127,20 @@ def check_adapter(config: RunConfig, targets: TargetReport) -> None:
     path = config.adapter.start_from
     if path is None:
         return
-    earlier = read_adapter(find_adapter(path))
-    if earlier.rank != config.adapter.rank:
+    for role in config.objective.shown(config.family.experts):
+        check_earlier(config, targets, find_adapter(path, role))
+
+
+def check_earlier(config: RunConfig, targets: TargetReport, path: Path) -> None:
+    """Raises WeftError for one adapter that cannot be started from."""
+    earlier = read_adapter(path)
+    if mends := config.adapter.differences(earlier):
         raise ConfigError(
-            f"adapter.start_from: {path} has rank {earlier.rank}, the config {config.adapter.rank}. "
-            f"Write adapter.rank={earlier.rank}."
+            f"adapter.start_from: {path} is of kind {earlier.kind} and rank {earlier.rank}, which the config cannot "
+            "continue. "
+            f"Write {' '.join(mends)}."
         )
-    others = set(earlier.targets or paths_in(earlier.tensors)) ^ set(targets.paths)
+    others = set(earlier.paths) ^ set(targets.paths)
     if others:
         raise ConfigError(
             f"adapter.start_from: {path} and adapter.targets differ in {len(others)} layers, "
@@ -141,10 +155,8 @@ def check_optimizer(config: RunConfig) -> None:
 
 
 def check_samples(config: RunConfig) -> None:
-    """Raises ConfigError for sample sizes that the model cannot make."""
-    samples = config.samples
-    if samples.prompts:
-        check_shape(config.family.geometry(), samples.frames, samples.width, samples.height, "samples.")
+    """Raises ConfigError for sample sizes and first frames that the model cannot take."""
+    check_shots(config.family, shots_of(config.samples), "samples.")
 
 
 def fill_cache(config: RunConfig, survey: Survey, tell: Listener) -> CacheStatus:
@@ -173,9 +185,10 @@ def prepare(
     engine = config.engine.open()
     tell(PhaseStarted(phase="starting"))
     encoders = LazyEncoders(lambda: config.family.encoders(engine.device, engine.carry))
-    dataset = config.data.open(
-        survey, inputs, encoders.open, tell, seed=config.seed, last_step=config.schedule.steps
-    )
+    with naming("caching", engine.device):
+        dataset = config.data.open(
+            survey, inputs, encoders.open, tell, seed=config.seed, last_step=config.schedule.steps
+        )
     if config.data.cache != "off":
         encoders.close()
     free_memory()
@@ -187,7 +200,8 @@ def prepare(
             tell(Notice(text=f"validation: {item.key} cannot be measured: {item.reason}"))
         evaluator = Evaluator(batches, len(failed), config.validation.seed)
     facts = provenance(config, survey, inputs, engine.device)
-    keeper = Keeper(config, inputs, facts, tell, encoders, evaluator, survey.fps)
+    gallery = Gallery(config, tell, encoders, survey.fps)
+    keeper = Keeper(config, inputs, facts, tell, gallery, evaluator)
     return learner, keeper, [dataset.train]
 
 
@@ -196,13 +210,13 @@ def conclude(learner: Learner, keeper: Keeper, finished: bool) -> Result:
     keeper.save(learner)
     if not finished:
         return Result(keeper.run, learner.step, False, None)
-    folder = keeper.export_final(learner)
-    if keeper.config.samples.prompts:
-        keeper.sample(learner)
+    folders = keeper.export_final(learner)
+    keeper.gallery.sample(learner)
     last = keeper.last
     return Result(
-        keeper.run, learner.step, True, folder, last.loss if last else None, last.baseline if last else None
-    )
+        keeper.run, learner.step, True, folders[0], last.loss if last else None, last.baseline if last else None,
+        tuple(folders),
+    )  # fmt: skip
 
 
 def started(config: RunConfig, learner: Learner, checkpoint: Path | None) -> RunStarted:
@@ -227,9 +241,7 @@ def write_inputs(config: RunConfig, input_text: str) -> None:
     write_json(run / "environment.json", environment(config.engine.device))
 
 
-def resumed_state(
-    config: RunConfig, inputs: Mapping[str, str], checkpoint: Path | None
-) -> Mapping[str, Any] | None:
+def resumed_state(config: RunConfig, inputs: Mapping[str, str], checkpoint: Path | None) -> Mapping[str, Any] | None:
     """The checkpoint's state. Raises RunError with the differences when its config or its inputs are others."""
     if checkpoint is None:
         return None

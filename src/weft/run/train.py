@@ -12,6 +12,7 @@ from weft.events import Listener, StepEnded
 from weft.math.schedule import lr_factor
 from weft.run.config import Schedule
 from weft.run.learner import Learner
+from weft.run.shortage import naming
 from weft.run.stopwatch import Stopwatch
 
 
@@ -62,7 +63,7 @@ def train(learner: Learner, stream: Sequence[Experience], course: Course) -> boo
             if course.stop():
                 return False
             watch, metrics, keys = Stopwatch(course.wait), {}, []
-            for phase in learner.objective.phases(learner.step):
+            for phase in learner.objective.phases(learner.step, learner.experts):
                 outcome = run_phase(phase, learner, feed, course, watch)
                 metrics |= outcome.metrics | settle(phase, learner, outcome, course)
                 keys.extend(key for batch in outcome.batches for key in batch.keys)
@@ -84,25 +85,35 @@ def run_phase(phase: Phase, learner: Learner, feed: Iterator[Batch], course: Cou
     objective, engine, schedule = learner.objective, learner.engine, course.schedule
     set_learning_rates(learner, phase, schedule)
     batches, first = [engine.put(next(feed)) for _ in range(schedule.accumulate)], learner.drawn
+    earlier = learner.pace.done(phase.name, learner.step) * schedule.accumulate
     watch.lap("data")
     items = engine.total(torch.tensor(sum(map(objective.count, batches)), device=engine.device))
     sums: dict[str, Tensor] = {}
     # Backward stays inside the role: there a recomputed block runs its forward a second time.
     with learner.model.adapters.use(phase.role):
         for i, batch in enumerate(batches, start=1):
-            learner.drawn = first + i
-            with engine.computing():
-                loss = objective.loss(phase.name, learner.model, batch, learner.state, learner.rng(phase.name))
+            learner.drawn, shape = first + i, shape_of(batch)
+            with engine.computing(), naming("forward", engine.device, shape):
+                rng = learner.rng(phase.name, earlier + i - 1)
+                loss = objective.loss(phase.name, learner.model, batch, learner.state, rng)
             watch.lap("forward")
-            engine.backward(loss.total / items, last=i == len(batches))
+            with naming("backward", engine.device, shape):
+                engine.backward(loss.total / items, last=i == len(batches))
             watch.lap("backward")
             for name, value in {"loss": loss.total, **loss.metrics}.items():
                 sums[name] = sums.get(name, torch.zeros((), device=engine.device)) + value.detach()
-    steps = {name: engine.step(learner.optimizers[name], schedule.max_norm) for name in phase.optimizers}
+    with naming("optimizer", engine.device, shape_of(batches[0])):
+        steps = {name: engine.step(learner.optimizers[name], schedule.max_norm) for name in phase.optimizers}
     watch.lap("optimizer")
     means = {f"{phase.name}/{name}": float(engine.total(value) / items) for name, value in sums.items()}
     norms = {f"{name}/grad_norm": step.norm for name, step in steps.items()}
     return Outcome(means | norms | learning_rates(learner, phase), steps, batches)
+
+
+def shape_of(batch: Batch) -> tuple[int, ...] | None:
+    """Shape of a batch's latents, where it has some: what a shortage of memory is told with."""
+    latents = batch.tensors.get("latents")
+    return None if latents is None else tuple(latents.shape)
 
 
 def settle(phase: Phase, learner: Learner, outcome: Outcome, course: Course) -> dict[str, float]:
@@ -119,8 +130,10 @@ def settle(phase: Phase, learner: Learner, outcome: Outcome, course: Course) -> 
 
 
 def set_learning_rates(learner: Learner, phase: Phase, schedule: Schedule) -> None:
-    """Each group's rate from its own base, as a pure function of the step."""
-    factor = lr_factor(learner.step, schedule.steps, schedule.warmup, schedule.curve, schedule.floor)
+    """Each group's rate from its own base, as a pure function of the step: the phase's own, so that an expert that
+    trains in the second half has its warm-up too."""
+    done, of = learner.pace.done(phase.name, learner.step), learner.pace.of(phase.name)
+    factor = lr_factor(done, of, schedule.warmup, schedule.curve, schedule.floor)
     for name in phase.optimizers:
         for group in learner.optimizers[name].param_groups:
             group["lr"] = group["base_lr"] * factor

@@ -1,0 +1,41 @@
+"""The adapters of several networks as one: each network has its own, under its own names."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+from torch import Tensor, nn
+
+from weft.contracts import Adapters
+
+
+class SeveralAdapters:
+    """Adapters whose names stand on different networks. `use` of one leaves the others as they are, so that the
+    adapters of two experts can be in use together; `use(None)` rests them all."""
+
+    def __init__(self, networks: Mapping[str, Adapters]) -> None:
+        self.networks = dict(networks)
+        self.of = {name: adapters for adapters in networks.values() for name in adapters.names}
+        self.names = tuple(self.of)
+        assert len(self.names) == sum(len(adapters.names) for adapters in networks.values()), "a name stands twice"
+        first, *others = networks.values()
+        assert all(adapters.paths == first.paths for adapters in others), "experts are networks of one kind"
+        self.paths = first.paths
+
+    def parameters(self, name: str) -> dict[str, nn.Parameter]:
+        return self.of[name].parameters(name)
+
+    @contextmanager
+    def use(self, name: str | None) -> Iterator[None]:
+        with ExitStack() as stack:
+            for adapters in self.networks.values() if name is None else (self.of[name],):
+                stack.enter_context(adapters.use(name))
+            yield
+
+    def state_dict(self, name: str) -> dict[str, Tensor]:
+        return self.of[name].state_dict(name)
+
+    def load_state_dict(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        self.of[name].load_state_dict(name, tensors)
+
+    def after_step(self, name: str) -> Mapping[str, float]:
+        return self.of[name].after_step(name)

@@ -1,0 +1,67 @@
+"""weft merge: one adapter from several."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from weft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from weft.run.merge import Average, Parent
+
+SHOWN = 5  # layers that lose most
+
+
+def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="weft merge", description="Make one adapter of several.")
+    parser.add_argument(
+        "--average",
+        nargs="+",
+        type=Path,
+        required=True,
+        metavar="ADAPTER",
+        help="folders or files of LoRA adapters on the same layers, or folders of finished runs",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="new folder, written for PEFT and for diffusers")
+    parser.add_argument("--rank", type=int, help="of the result; default: the sum of all ranks, which is exact")
+    parser.add_argument("--weights", help="such as 3,1: how much each adapter counts (default: all alike)")
+    return parser.parse_args(argv)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Average the changes of adapters, and say what a smaller rank lost."""
+    arguments = arguments_of(argv)
+    if arguments.rank is not None and arguments.rank < 1:
+        raise ConfigError(f"--rank: expected a whole number of at least 1, got {arguments.rank}.")
+    weights = numbers(arguments.weights) if arguments.weights else None
+
+    from weft.run.merge import average, read_parents, write_average
+
+    parents = read_parents(arguments.average, weights)
+    made = average(parents, arguments.rank)
+    write_average(arguments.out, made.adapter)
+    tell(parents, made, arguments.out)
+    return 0
+
+
+def numbers(text: str) -> list[float]:
+    """Numbers between commas. Raises ConfigError."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--weights: expected numbers such as 3,1, got '{text}'.") from error
+
+
+def tell(parents: "Sequence[Parent]", made: "Average", folder: Path) -> None:
+    for parent in parents:
+        adapter = parent.adapter
+        print(f"{parent.share:6.1%}  {parent.path} (rank {adapter.rank}, scale {adapter.scale:g})")
+    layers = len(made.adapter.paths)
+    if made.lost:
+        print(f"rank {made.adapter.rank} on {layers} layers; of the exact average {made.whole:.2%} is lost, most in")
+        for path in sorted(made.lost, key=lambda path: -made.lost[path])[:SHOWN]:
+            print(f"{made.lost[path]:8.2%}  {path}")
+    else:
+        print(f"rank {made.adapter.rank} on {layers} layers: the exact average")
+    print(folder)

@@ -1,0 +1,137 @@
+"""Running out of memory for real: a process whose address space ends, and what it says then."""
+
+import gc
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.learners import small_config
+from weft.errors import RunError
+from weft.run.shortage import OutOfMemory, explained, is_shortage, naming
+
+CPU = torch.device("cpu")
+REAL = """
+import resource, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from tests.learners import ROLE, Given, learner_of, small_config
+from weft.contracts import Batch, NoState
+from weft.data.buckets import Bucket
+from weft.run.ladder import remedies
+from weft.run.shortage import explained, naming
+
+root, model, doing, room = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+config = small_config(root, model, engine={"precision": "fp32"})
+learner = learner_of(config)
+remedies(config, Bucket(9, 64, 64, 48), 1)  # what torch imports when it is first asked must not count
+shape = (2, 16, 5, 60, 104)
+batch = Batch({"latents": torch.randn(shape), "text": torch.randn(2, 5, 128), "noise": torch.randn(shape),
+               "t": torch.rand(2)}, ("a", "b"))
+now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+with explained(config):
+    with learner.model.adapters.use(ROLE):
+        if doing == "forward":
+            resource.setrlimit(resource.RLIMIT_AS, (now + room, now + room))
+        with naming("forward", torch.device("cpu"), shape):
+            loss = Given().loss("train", learner.model, batch, NoState(), None).total
+        now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now + room, now + room))
+        with naming("backward", torch.device("cpu"), shape):
+            learner.engine.backward(loss, last=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the address space of a process so")
+@pytest.mark.parametrize(("doing", "room"), [("forward", 60 << 20), ("backward", 10 << 20)])
+def test_a_real_shortage_ends_with_bucket_phase_peak_and_three_remedies(world, tmp_path, doing, room):
+    """15600 tokens of width 24 keep some 300 MB of a small network; the process gets less than that."""
+    script = [sys.executable, "-c", REAL, str(tmp_path), str(world / "model"), doing, str(room)]
+    ended = subprocess.run(script, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=300)
+    said = ended.stderr.strip()
+    assert ended.returncode == 1
+    assert "weft.errors.RunError" in said, said
+    assert f"out of memory on cpu in {doing}, bucket 17x480x832 at batch 2" in said
+    assert "can't allocate memory" in said
+    assert "At its peak it held" in said and "GiB of" in said
+    assert "1. engine.recompute=true  (" in said
+    assert "2. optimizer.kind=adamw8bit  (" in said
+    assert "3. " in said
+    assert "During handling" not in said
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:131] . DefaultCPUAllocator: can't allocate memory: you tried to "
+                 "allocate 1000 bytes. Error code 12 (Cannot allocate memory)"),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1000 bytes."),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
+    MemoryError(),
+    OSError(12, "Cannot allocate memory"),
+])  # fmt: skip
+def test_every_allocator_is_understood(error):
+    assert is_shortage(error)
+    with pytest.raises(OutOfMemory) as caught, naming("forward", CPU, (1, 16, 3, 8, 8)):
+        raise error
+    assert (caught.value.doing, caught.value.shape) == ("forward", (1, 16, 3, 8, 8))
+    assert caught.value.__cause__ is None and caught.value.peak
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), RunError("the disk is full"), ValueError("x")])
+def test_other_errors_pass_as_they_are(world, tmp_path, error):
+    config = small_config(tmp_path, world / "model")
+    with pytest.raises(type(error)) as caught, explained(config), naming("forward", CPU):
+        raise error
+    assert caught.value is error
+
+
+def test_the_innermost_name_stays():
+    with pytest.raises(OutOfMemory) as caught, naming("sampling", CPU), naming("validation", CPU):
+        raise MemoryError
+    assert caught.value.doing == "validation"
+
+
+def text_of(config, doing: str, shape: tuple[int, ...] | None = None) -> str:
+    with pytest.raises(RunError) as caught, explained(config), naming(doing, CPU, shape):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    assert not isinstance(caught.value, OutOfMemory)
+    return str(caught.value)
+
+
+def test_a_shortage_while_caching_asks_for_less_of_the_autoencoder(world, tmp_path):
+    said = text_of(small_config(tmp_path, world / "model"), "caching", (1, 16, 3, 8, 8))
+    assert "in caching, bucket 9x64x64 at batch 1" in said
+    assert "1. family.vae_tiling=true" in said
+    assert "data.buckets" in said
+
+
+def test_a_shortage_while_sampling_offers_smaller_samples(world, tmp_path):
+    config = small_config(tmp_path, world / "model", samples={"frames": 17, "width": 64, "height": 64},
+                          family={"vae_tiling": True})  # fmt: skip
+    said = text_of(config, "sampling")
+    assert "samples.frames=5" in said
+    assert "samples.width=32 samples.height=32" in said
+    assert "vae_tiling" not in said
+
+
+def test_tensors_that_filled_the_memory_are_free_when_remedies_are_worked_out(world, tmp_path):
+    """The error's own traceback would hold them."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def fill() -> None:
+        large = torch.zeros(1000)
+        alive.append(weakref.ref(large))
+        raise MemoryError
+
+    config = small_config(tmp_path, world / "model")
+    with pytest.raises(RunError), explained(config), naming("forward", CPU, (1, 16, 3, 8, 8)):
+        fill()
+    gc.collect()
+    assert alive[0]() is None
