@@ -132,8 +132,8 @@ def kept_bytes(learner: Learner, batch: Batch) -> int:
 
     def pack(tensor: Tensor) -> Tensor:
         if tensor.untyped_storage().data_ptr() not in frozen:
-            seen[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
+            seen[tensor.untyped_storage().data_ptr()] = tensor.detach()
+        return tensor.detach()  # the tensor itself would refer to its own graph, which then were never freed
 
     if inputs is not None:
         own = inputs.pack

@@ -190,9 +190,9 @@ def make_clips(folder: Path, count: int = 5, frames: int = 9, side: int = 64) ->
     """Clips of a brightening square with captions beside them."""
     folder.mkdir(parents=True)
     for number in range(count):
-        video = numpy.full((frames, side, side, 3), 30 * number, numpy.uint8)
+        video = numpy.full((frames, side, side, 3), 30 * number % 256, numpy.uint8)
         for frame in range(frames):
-            video[frame, 8 : 16 + 4 * number, 4 * frame : 4 * frame + 16] = (250, 20 * frame, 10 * number)
+            video[frame, 8 : 16 + 4 * number, 4 * frame : 4 * frame + 16] = (250, 20 * frame % 256, 10 * number % 256)
         write_video(folder / f"{number}.mp4", video, 8.0)
         (folder / f"{number}.txt").write_text(f"a square, number {number}")
     return folder

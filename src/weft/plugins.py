@@ -19,7 +19,10 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
         "lokr": "weft.adapters.lokr:LoKr",
         "oft": "weft.adapters.oft:Oft",
     },
-    "objective": {"flow-matching": "weft.objectives.flow_matching:FlowMatching"},
+    "objective": {
+        "flow-matching": "weft.objectives.flow_matching:FlowMatching",
+        "legacy-epsilon": "weft.objectives.legacy_epsilon:LegacyEpsilon",
+    },
     "engine": {"single": "weft.engines.single:Single"},
     "data": {"video": "weft.data.video:VideoData"},
     "optimizer": {

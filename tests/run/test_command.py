@@ -89,7 +89,7 @@ def test_every_fault_of_a_config_is_told_at_once_without_torch(config):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"family": {"source": "no-such-model"}}, "there is no folder 'no-such-model'"),
+        ({"family": {"source": "no-such-model"}}, "there is no folder or file 'no-such-model'"),
         ({"data": {"sources": [{"path": "no-such-clips"}]}}, "no-such-clips"),
         ({"adapter": {"targets": ["to_qq"]}}, "'to_qq' matches no linear layer"),
         ({"data": {"buckets": {"frames": [10]}}}, "10 frames"),

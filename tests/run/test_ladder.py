@@ -43,6 +43,7 @@ def typed(config: RunConfig, rungs: Sequence[Rung]) -> RunConfig:
     return parse_config(read_text(json.dumps(config.resolved()), overrides=lines))
 
 
+@pytest.mark.slow
 def test_rungs_come_in_their_order_and_each_leaves_less(large_run):
     _, rungs = large_run
     names = [rung.name for rung in rungs]
@@ -53,6 +54,7 @@ def test_rungs_come_in_their_order_and_each_leaves_less(large_run):
     assert all(rung.cost for rung in rungs)
 
 
+@pytest.mark.slow
 def test_the_lines_of_a_ladder_make_a_config_that_needs_what_it_says(large_run):
     config, rungs = large_run
     changed = typed(config, rungs)
@@ -60,6 +62,7 @@ def test_the_lines_of_a_ladder_make_a_config_that_needs_what_it_says(large_run):
     assert ladder(changed, [CLIP], CARD.memory or 0, CARD) == []
 
 
+@pytest.mark.slow
 def test_no_more_blocks_are_streamed_than_must_be(large_run):
     changed = typed(*large_run)
     count = changed.engine.stream_blocks

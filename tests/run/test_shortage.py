@@ -1,6 +1,7 @@
 """Running out of memory for real: a process whose address space ends, and what it says then."""
 
 import gc
+import json
 import subprocess
 import sys
 import weakref
@@ -10,8 +11,10 @@ import pytest
 import torch
 
 from tests.learners import small_config
+from tests.small import config_of, make_clips
 from weft.errors import RunError
 from weft.run.shortage import OutOfMemory, explained, is_shortage, naming
+from weft.run.start import check, fill_cache, train_run
 
 CPU = torch.device("cpu")
 REAL = """
@@ -135,3 +138,50 @@ def test_tensors_that_filled_the_memory_are_free_when_remedies_are_worked_out(wo
         fill()
     gc.collect()
     assert alive[0]() is None
+
+
+WHOLE = """
+import json, resource, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from tests.small import config_of
+from weft.data.buckets import Bucket
+from weft.events import PhaseStarted
+from weft.run.ladder import remedies
+from weft.run.start import train_run
+
+config = config_of(json.loads(Path(sys.argv[1]).read_text()))
+remedies(config, Bucket(9, 64, 64, 48), 1)  # what torch imports when it is first asked must not count
+
+def shrink(event):
+    if isinstance(event, PhaseStarted) and event.phase == "training":
+        room = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + (10 << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (room, room))
+
+train_run(config, shrink)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the address space of a process so")
+def test_a_whole_run_that_runs_out_of_memory_says_so_in_its_log_and_goes_on_when_it_has_room(world, plain, tmp_path):
+    make_clips(tmp_path / "large", count=3, frames=33, side=256)
+    plain["data"] |= {
+        "sources": [{"path": str(tmp_path / "large"), "repeats": 8}], "batch_size": 8, "validation_items": 0,
+        "buckets": {"sizes": [[256, 256]], "frames": [33]},
+    }  # fmt: skip
+    plain["schedule"], plain["validation"] = {"steps": 2, "warmup": 0}, {"every": 0}
+    config = config_of(plain)
+    fill_cache(config, check(config), lambda event: None)  # in the process that is to fail, it would leave room behind
+    (tmp_path / "config.json").write_text(json.dumps(plain))
+    script = [sys.executable, "-c", WHOLE, str(tmp_path / "config.json")]
+    ended = subprocess.run(script, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=300)
+    said = "out of memory on cpu in forward, bucket 33x256x256 at batch 8"
+    assert ended.returncode == 1 and said in ended.stderr, ended.stderr[-2000:]
+    assert "  1. engine.recompute=true  (" in ended.stderr
+    log = (tmp_path / "runs" / "run" / "events.rank0.jsonl").read_text().splitlines()
+    last = json.loads(log[-1])
+    assert (last["event"], last["outcome"]) == ("run_ended", "failed") and said in last["reason"]
+    result = train_run(config, lambda event: None)
+    assert result.finished and result.step == 2

@@ -34,9 +34,7 @@ class KnownModel:
     recompute: bool = True
 
 
-_I2V = KnownModel(
-    repository="Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", does=WAN_I2V, frames=(49, 33, 17), shift=3.0
-)
+_I2V = KnownModel(repository="Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", does=WAN_I2V, frames=(49, 33, 17), shift=3.0)
 _A14B = KnownModel(
     repository="Wan-AI/Wan2.2-T2V-A14B-Diffusers", experts=True, shift=12.0, guidance=4.0, guidance_low=3.0,
     sample=(1280, 720, 81), steps=2000,

@@ -100,7 +100,9 @@ def print_clips(plan: "Plan", console: "Console", everything: bool) -> None:
         console.print(f"{len(clips) - len(shown)} more clips; weft plan --all shows them.", markup=False)
     verdicts = [clip.verdict for clip in clips]
     counts = ", ".join(f"{verdicts.count(v)} {v}" for v in ("kept", "trimmed", "dropped", "unreadable"))
-    console.print(f"  {len(clips)} clips: {counts}", markup=False)
+    files = len({clip.name for clip in clips})
+    what = f"{len(clips)} clips" if files == len(clips) else f"{len(clips)} items of {files} clips"
+    console.print(f"  {what}: {counts}", markup=False)
     for notice in plan.survey.notices:
         console.print(f"  note: {notice}", markup=False, soft_wrap=True)
     console.print()

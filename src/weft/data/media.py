@@ -185,6 +185,8 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
             shown[0].thread_type = "AUTO"
             yield container, shown[0]
     except FFmpegError as error:
+        if isinstance(error, MemoryError):  # the machine's fault, not the file's
+            raise
         said = (error.strerror or str(error)).strip().rstrip(".").lower()
         raise DataError(f"{path} is truncated, damaged or not a video: {said}.") from error
 

@@ -220,6 +220,8 @@ def file_place(part: str, path: Path) -> Place:
         return Place(part, where, folder=path.parent)
     if part == "scheduler":
         return Place(part, where, config=path)
+    if path.suffix.lower() not in WEIGHT_FILES:
+        raise ModelError(f"{where}: '{path}' is no file of weights; expected was one ending in .safetensors or .pth.")
     return Place(part, where, (path,), beside(path))
 
 

@@ -24,7 +24,7 @@ def model_folder(source: str) -> Path:
     if folder.is_dir():
         return folder
     beside = folder.parent.iterdir() if folder.parent.is_dir() else []
-    siblings = [path.name for path in beside if path.is_dir() or path.suffix == ".safetensors"]
+    siblings = [path.name for path in beside if path.suffix == ".safetensors" or (path / "transformer").is_dir()]
     raise ModelError(
         f"family.source: there is no folder or file '{source}' (looked from {Path.cwd()}). "
         f"{did_you_mean(folder.name, [*siblings, *SHIPPED])}"

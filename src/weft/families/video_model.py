@@ -1,5 +1,6 @@
 """What families of video models share: where their files are, how weights are kept, the sampler's schedule."""
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
@@ -62,25 +63,26 @@ class VideoModel(Section):
         return copied
 
     @property
+    @abstractmethod
     def experts(self) -> "tuple[Expert, ...]":
         """The networks that are trained."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def network_config(self) -> Mapping[str, Any]:
         """The transformer's config in diffusers' words."""
-        raise NotImplementedError
 
+    @abstractmethod
     def blocks(self, network: "nn.Module") -> "Sequence[nn.Module]":
-        raise NotImplementedError
+        """The parts of a network that are recomputed, streamed and sharded."""
 
+    @abstractmethod
     def keeps_fp32(self, name: str) -> bool:
         """Whether a parameter stays in fp32 whatever the precision."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prepared(self, network: "nn.Module") -> "nn.Module":
         """The network, frozen, with what must not run in half precision kept from it."""
-        raise NotImplementedError
 
     def part_of(self, expert: str) -> str:
         """The checkpoint's part that holds an expert's network."""

@@ -71,6 +71,7 @@ class Wan(VideoModel):
     @property
     def experts(self) -> "tuple[Expert, ...]":
         """Raises ConfigError where `expert` does not go with the model."""
+        assert self.network_config  # a model of another family is told first
         if not self._has_two:
             if self.expert is not None:
                 raise ConfigError(

@@ -208,11 +208,7 @@ class FlowMatching(Section):
         if given is not None:
             x = x.where(~given[:, None, :, None, None], latents)
         asked = Denoise(x, question.t, conditions(batch), given, question.expert)
-        squared = (model.velocity(asked).float() - velocity_target(latents, question.noise)).square()
-        if given is None:
-            return squared.flatten(1).mean(1)
-        by_frame = squared.mean((1, 3, 4))  # (B, F)
-        return (by_frame * ~given).sum(1) / (~given).sum(1)
+        return question.mean(batch, (model.velocity(asked).float() - velocity_target(latents, question.noise)).square())
 
     def measured(self, experts: "Sequence[Expert]") -> tuple[tuple[str, float], ...]:
         """Each (name of an expert, time) that validation measures."""
@@ -262,6 +258,14 @@ class Question:
             return None
         first = torch.arange(batch["latents"].shape[2], device=self.chosen.device) == 0
         return self.chosen[:, None] & first
+
+    def mean(self, batch: "Batch", squared: "Tensor") -> "Tensor":
+        """The mean (B,) of squared errors (B, C, F, H, W) over the frames that are not given."""
+        given = self.given(batch)
+        if given is None:
+            return squared.flatten(1).mean(1)
+        by_frame = squared.mean((1, 3, 4))  # (B, F)
+        return (by_frame * ~given).sum(1) / (~given).sum(1)
 
 
 def conditions(batch: "Batch") -> "Mapping[str, Tensor]":

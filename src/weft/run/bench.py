@@ -2,8 +2,6 @@
 `weft train`, on random latents of a real shape."""
 
 import platform
-import resource
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +24,7 @@ from weft.run.estimate import estimate
 from weft.run.learner import Learner
 from weft.run.listeners import EventLog
 from weft.run.rehearsal import Stage, rehearsed
+from weft.run.shortage import peak_of
 from weft.run.train import Course, Outcome, train
 
 WARM_UP = 3
@@ -112,7 +111,7 @@ def bench(config: RunConfig, bucket: Bucket, steps: int) -> dict[str, Any]:
         "share": shares(counted),
         "tokens_per_second": tokens / median(seconds),
         "mfu": flops / median(seconds) / ceiling,
-        "memory_bytes": {"peak": peak_memory(engine), "planned": predicted.total},
+        "memory_bytes": {"peak": peak_of(engine.device), "planned": predicted.total},
         "loss": {"first": losses[0], "last": losses[-1]},
     }
 
@@ -233,11 +232,3 @@ def processor() -> str:
 def reset_peak(engine: Engine) -> None:
     if engine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(engine.device)
-
-
-def peak_memory(engine: Engine) -> int:
-    """Bytes: of the device's allocator, or on a cpu the whole process with its libraries."""
-    if engine.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(engine.device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -164,8 +164,11 @@ def fill_cache(config: RunConfig, survey: Survey, tell: Listener) -> CacheStatus
     if config.data.cache != "disk":
         raise ConfigError(f"data.cache: '{config.data.cache}' keeps nothing for later. Write data.cache=disk.")
     engine = config.engine.open()
+    for sentence in survey.notices:
+        tell(Notice(text=sentence))
     store = config.data.store(survey, config.family.identity())
-    filled = store.fill(lambda: config.family.encoders(engine.device, engine.carry), tell)
+    with explained(config), naming("caching", engine.device):
+        filled = store.fill(lambda: config.family.encoders(engine.device, engine.carry), tell)
     if filled.damaged:
         tell(Notice(text=f"{filled.damaged} cache entries were damaged and have been encoded anew"))
     survey.without(filled.failed).refuse_when_unusable(config.data.unreadable)
