@@ -80,3 +80,17 @@ def force_to_disk(path: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def is_running(process: int) -> bool | None:
+    """Whether a process of this machine is there, so that what it left half-done may be cleared away. None where asking
+    would end it, as on Windows."""
+    if os.name != "posix":
+        return None
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

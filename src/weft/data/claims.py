@@ -9,6 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from uuid import uuid4
 
+from weft.durable import is_running
+
 BEAT_SECONDS = 20.0
 STALE_SECONDS = 120.0  # without a beat; also bears clocks of two machines that differ by a minute
 
@@ -96,17 +98,4 @@ def _is_stale(claim: Path) -> bool:
         maker = json.loads(claim.read_text() or "{}")
     except (FileNotFoundError, ValueError):
         return False  # released in this moment, or not yet written
-    return age > STALE_SECONDS or (maker.get("host") == socket.gethostname() and not _runs(maker["process"]))
-
-
-def _runs(process: int) -> bool:
-    """Whether a process of this machine is there; always True where asking would end it, as on Windows."""
-    if os.name != "posix":
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    return age > STALE_SECONDS or (maker.get("host") == socket.gethostname() and is_running(maker["process"]) is False)

@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from weft.durable import remove_drafts, write_whole
+from weft.durable import is_running, remove_drafts, write_whole
 from weft.errors import RunError
 
 PACKAGES = ("weft", "torch", "diffusers", "transformers", "peft", "safetensors", "av", "numpy", "pydantic")
@@ -64,15 +64,7 @@ def born(pid: int) -> str | None:
 
 def is_alive(pid: int, birth: str | None) -> bool:
     """Whether the process that wrote itself down still runs. Not known on Windows, where asking would end it."""
-    if os.name != "posix":
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return birth is None or born(pid) == birth
+    return bool(is_running(pid)) and (birth is None or born(pid) == birth)
 
 
 def environment(device: str) -> dict[str, Any]:
