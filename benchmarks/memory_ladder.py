@@ -61,8 +61,10 @@ def rungs(blocks: int) -> dict[str, list[str]]:
         "+ offload_inputs": OFFLOAD,
         "+ 8-bit optimizer": EIGHT,
         "+ fp8 weights": FP8,
-        f"+ stream {blocks // 2} blocks": [*FP8, f"engine.stream_blocks={blocks // 2}"],
-        f"+ stream {blocks - 1} blocks": [*FP8, f"engine.stream_blocks={blocks - 1}"],
+        "int8 in their place": [*EIGHT, "family.dtype=int8"],
+        "nf4 in their place": [*EIGHT, "family.dtype=nf4"],
+        f"fp8, + stream {blocks // 2} blocks": [*FP8, f"engine.stream_blocks={blocks // 2}"],
+        f"fp8, + stream {blocks - 1} blocks": [*FP8, f"engine.stream_blocks={blocks - 1}"],
     }
 
 
