@@ -122,9 +122,17 @@ class VideoModel(Section):
 
     def weight_bytes(self, precision: str) -> Mapping[int | None, int]:
         """Of a model with two networks, those of the first that is trained: they have the same shapes."""
-        part = self.part_of(self.experts[0].name)
-        network = self.skeleton()
-        return self.checkpoint.weight_bytes(part, network, self.blocks(network), self.form(precision, part))
+        if precision not in self._weighed:
+            part = self.part_of(self.experts[0].name)
+            network = self.skeleton()
+            form = self.form(precision, part)
+            self._weighed[precision] = self.checkpoint.weight_bytes(part, network, self.blocks(network), form)
+        return self._weighed[precision]
+
+    @cached_property
+    def _weighed(self) -> "dict[str, Mapping[int | None, int]]":
+        """Weight bytes that are known already, by precision: a network's skeleton takes half a second."""
+        return {}
 
     def load(self, precision: str, expert: str, put: "Put") -> "nn.Module":
         """The frozen network of an expert, read tensor by tensor into the places that put gives. Raises WeftError."""
