@@ -95,8 +95,8 @@ class Wan(VideoModel):
             raise ConfigError(f"family.boundary: {self.source} has one network, for all times. Leave the key out.")
         return (DEFAULT,)
 
-    @property
-    def _has_two(self) -> bool:
+    @cached_property
+    def _has_two(self) -> bool:  # kept, for it looks at the disk, and every step asks
         return self.checkpoint.where.two_experts
 
     @property
@@ -161,7 +161,7 @@ class Wan(VideoModel):
             "text": f"{fingerprint('text_encoder', 'tokenizer')} {self.tokens_of_text}",
         }
 
-    @property
+    @cached_property
     def tokens_of_text(self) -> int:
         """Text tokens with padding, as the transformer sees them."""
         if self.has_eyes:
