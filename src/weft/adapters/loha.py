@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
-from weft.adapters.recipe import Earlier, Recipe
+from weft.adapters.recipe import Earlier, WholeChange
 from weft.adapters.targets import TargetReport
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-class LoHa(Recipe):
+class LoHa(WholeChange):
     """W + scale (w1_a w1_b) * (w2_a w2_b), of rank up to rank^2. Hyeon-Woo et al. 2021, arXiv:2108.06098, section 2.2.
 
     Carried by PEFT. The whole change (out, in) is made anew in every call, which costs memory that LoRA does not.
@@ -24,17 +24,6 @@ class LoHa(Recipe):
 
     kind: Literal["loha"] = "loha"
     rank: int = Field(default=8, ge=1, description="inner width of each of the two factors; the change has rank^2")
-    alpha: float | None = Field(default=None, gt=0, description="scale is alpha / rank; null: alpha is the rank")
-
-    @property
-    def strength(self) -> float:
-        """Alpha as a number: what was given, or the rank."""
-        return float(self.rank) if self.alpha is None else self.alpha
-
-    @property
-    def scale(self) -> float:
-        """The factor before the change."""
-        return self.strength / self.rank
 
     def trainable(self, report: TargetReport) -> int:
         """Parameters of one adapter on the layers of a report."""
@@ -43,12 +32,6 @@ class LoHa(Recipe):
     def summary(self) -> str:
         """The recipe in some words, for a plan."""
         return f"LoHa scale {self.scale:g} (rank {self.rank})"
-
-    def check_layers(self, layers: "Mapping[str, nn.Module]") -> None:
-        """Raises ModelError for a layer whose weight is packed."""
-        from weft.adapters.modules import refuse_packed
-
-        refuse_packed("loha", layers)
 
     def peft_config(self, layers: "Mapping[str, nn.Module]") -> "LoHaConfig":
         """The recipe in PEFT's words for exactly these layers."""
@@ -62,12 +45,6 @@ class LoHa(Recipe):
             target_modules=list(layers),
             init_weights=True,
         )
-
-    def complete(self, wrappers: "Mapping[str, nn.Module]", name: str) -> None:
-        """Take from PEFT's layers a draw that nothing here asks for."""
-        from weft.adapters.hf_peft import without_chance
-
-        without_chance(wrappers)
 
     def first_values(
         self, chance: "Callable[[str], torch.Generator]", shapes: "Mapping[str, torch.Size]", layer: "nn.Module"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator
 
-from weft.adapters.recipe import Earlier, Recipe
+from weft.adapters.recipe import Earlier, WholeChange
 from weft.adapters.targets import TargetReport
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-class LoKr(Recipe):
+class LoKr(WholeChange):
     """W + scale (w1 kron w2), w2 of low rank. Edalati et al. 2022, arXiv:2212.10650; Yeh et al. 2023, arXiv:2309.14859.
 
     Carried by PEFT. The whole change (out, in) is made anew in every call, which costs memory that LoRA does not.
@@ -27,7 +27,6 @@ class LoKr(Recipe):
     rank: int = Field(
         default=8, ge=1, description="inner width of w2; w2 is whole where half its longer side is no more than this"
     )
-    alpha: float | None = Field(default=None, gt=0, description="scale is alpha / rank; null: alpha is the rank")
     factor: int = Field(
         default=-1,
         ge=-1,
@@ -41,16 +40,6 @@ class LoKr(Recipe):
         if value == 0:
             raise ValueError("factor is 0, which divides nothing. Write -1 for the root, or a number such as 8")
         return value
-
-    @property
-    def strength(self) -> float:
-        """Alpha as a number: what was given, or the rank."""
-        return float(self.rank) if self.alpha is None else self.alpha
-
-    @property
-    def scale(self) -> float:
-        """The factor before the change."""
-        return self.strength / self.rank
 
     def trainable(self, report: TargetReport) -> int:
         """Parameters of one adapter on the layers of a report."""
@@ -70,12 +59,6 @@ class LoKr(Recipe):
         """The recipe in some words, for a plan."""
         return f"LoKr scale {self.scale:g} (rank {self.rank}, factor {self.factor})"
 
-    def check_layers(self, layers: "Mapping[str, nn.Module]") -> None:
-        """Raises ModelError for a layer whose weight is packed."""
-        from weft.adapters.modules import refuse_packed
-
-        refuse_packed("lokr", layers)
-
     def peft_config(self, layers: "Mapping[str, nn.Module]") -> "LoKrConfig":
         """The recipe in PEFT's words for exactly these layers."""
         from peft import LoKrConfig
@@ -90,12 +73,6 @@ class LoKr(Recipe):
             target_modules=list(layers),
             init_weights=True,
         )
-
-    def complete(self, wrappers: "Mapping[str, nn.Module]", name: str) -> None:
-        """Take from PEFT's layers a draw that nothing here asks for."""
-        from weft.adapters.hf_peft import without_chance
-
-        without_chance(wrappers)
 
     def first_values(
         self, chance: "Callable[[str], torch.Generator]", shapes: "Mapping[str, torch.Size]", layer: "nn.Module"

@@ -150,6 +150,35 @@ class Recipe(Section):
         """Why weights from a file cannot be continued, each as the assignment that would mend it."""
 
 
+class WholeChange(Recipe):
+    """A base of recipes whose change of a layer is made as a whole matrix in every call, by PEFT."""
+
+    rank: int = Field(default=8, ge=1, description="inner width of the low-rank factors")
+    alpha: float | None = Field(default=None, gt=0, description="scale is alpha / rank; null: alpha is the rank")
+
+    @property
+    def strength(self) -> float:
+        """Alpha as a number: what was given, or the rank."""
+        return float(self.rank) if self.alpha is None else self.alpha
+
+    @property
+    def scale(self) -> float:
+        """The factor before the change."""
+        return self.strength / self.rank
+
+    def check_layers(self, layers: "Mapping[str, nn.Module]") -> None:
+        """Raises ModelError for a layer whose weight is packed."""
+        from weft.adapters.modules import refuse_packed
+
+        refuse_packed(self.kind, layers)
+
+    def complete(self, wrappers: "Mapping[str, nn.Module]", name: str) -> None:
+        """Take from PEFT's layers a draw that nothing here asks for."""
+        from weft.adapters.hf_peft import without_chance
+
+        without_chance(wrappers)
+
+
 def recipe_of(earlier: Earlier, targets: Sequence[str]) -> Recipe:
     """The recipe under which an adapter from a file is applied to the layers at paths."""
     from weft.adapters.loha import LoHa
