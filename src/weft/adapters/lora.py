@@ -192,11 +192,15 @@ class Lora(Recipe):
 
         return first_values(self, chance, shapes, layer)
 
+    @property
+    def has_rule(self) -> bool:
+        return self.max_norm is not None
+
     def after_step(self, paths: Sequence[str], parameters: "Mapping[str, nn.Parameter]") -> Mapping[str, float]:
         """Shrink every ||scale B A||_F above max_norm to it, half in A and half in B. Once per optimizer step."""
         from weft.adapters.low_rank import shrink
 
-        return shrink(self, paths, parameters) if self.max_norm else {}
+        return shrink(self, paths, parameters)
 
     def exported(self, tensors: "Mapping[str, Tensor]") -> dict[str, Any]:
         """A plain LoRA. PiSSA's change B A - B0 A0 is one of twice the rank, on the untouched base."""

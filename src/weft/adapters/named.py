@@ -90,7 +90,8 @@ class NamedAdapters(ABC):
     @torch.no_grad()
     def after_step(self, name: str) -> Mapping[str, float]:
         """What must hold after each optimizer step; numbers worth logging."""
-        return self.recipe.after_step(self.paths, self.parameters(name))
+        # Gathering the parameters takes as long as some layers do, so it is done where a rule asks for it.
+        return self.recipe.after_step(self.paths, self.parameters(name)) if self.recipe.has_rule else {}
 
 
 def _key_problems(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:

@@ -132,6 +132,11 @@ class Recipe(Section):
         chance: a generator for each tensor, seeded for its place. Together they change nothing.
         """
 
+    @property
+    def has_rule(self) -> bool:
+        """Whether something must hold after each optimizer step: see `after_step`."""
+        return False
+
     def after_step(self, paths: Sequence[str], parameters: "Mapping[str, nn.Parameter]") -> Mapping[str, float]:
         """What must hold after each optimizer step; numbers worth logging."""
         return {}
