@@ -146,6 +146,18 @@ def test_a_text_to_video_model_refuses_a_first_frame_and_one_that_is_not_there_i
         check(config)
 
 
+@pytest.mark.parametrize(
+    ("kind", "change", "words"),
+    [
+        ("hunyuan", {"negative": "blurred"}, "takes guidance as a number and no negative prompt"),
+        ("t2v", {"guidance_low": 3.0}, "this model has one network"),
+    ],
+)
+def test_what_a_sample_would_not_heed_is_refused(kind, change, words, clips, tmp_path):
+    with pytest.raises(ConfigError, match=words):
+        check(config_for(kind, tmp_path, clips, clips / "clips", samples=change))
+
+
 @pytest.mark.slow
 @pytest.mark.realdata
 @pytest.mark.skipif(not REAL.is_dir(), reason="no folder of real clips beside the checkout")

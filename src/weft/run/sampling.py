@@ -74,8 +74,7 @@ def with_first(latents: Tensor, first: Tensor | None) -> Tensor:
 
 
 def conditions(shots: Sequence[Shot], told: Told, guided: bool, embedded: bool, device: torch.device) -> Conditions:
-    """Text and first frames of shots as one batch; twice as large when it is guided. Raises nothing: shots were
-    checked."""
+    """Text and first frames of shots as one batch; twice as large when it is guided."""
     halves = [told.texts[shot.prompt] for shot in shots] + [told.texts[shot.negative] for shot in shots if guided]
     text, mask = padded([half["text"] for half in halves])
     tensors = {"text": text, "text_mask": mask}

@@ -64,8 +64,16 @@ def shots_of(samples: Samples) -> list[Shot]:
 def check_shots(family: ModelFamily, shots: Sequence[Shot], place: str) -> None:
     """Raises ConfigError for what the model cannot make. place: put before each name, such as 'samples.'."""
     problems: list[str] = []
-    for shot in shots[:1]:  # all have one size
+    for shot in shots[:1]:  # all have one size and one guidance
         problems += shape_problems(family.geometry(), shot, place)
+        if family.embeds_guidance and shot.negative:
+            problems.append(
+                f"{place}negative: this model takes guidance as a number and no negative prompt. Leave it out."
+            )
+        if shot.guidance_low is not None and "low" not in (expert.name for expert in family.all_experts):
+            problems.append(
+                f"{place}guidance_low: this model has one network. Leave it out; guidance is for all times."
+            )
     for shot in shots:
         if family.image == "channels" and shot.image is None:
             problems.append(
