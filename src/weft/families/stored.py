@@ -108,6 +108,8 @@ def pickled(path: Path) -> Mapping[str, Tensor]:
     """The tensors of a PyTorch file, mapped and not read; nothing in it can run code. Raises ModelError."""
     try:
         held: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except MemoryError:
+        raise
     except Exception as damaged:  # torch raises many kinds for a file that is damaged or would run code
         reason = str(damaged).splitlines()[0] if str(damaged) else type(damaged).__name__
         raise ModelError(
