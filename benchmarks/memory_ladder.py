@@ -104,7 +104,7 @@ def config_of(model: Path, device: str, precision: str, overrides: list[str]) ->
         "objective": {"kind": "flow-matching"},
         "optimizer": {"kind": "adamw", "lr": 1e-4},
         "data": {"kind": "video", "sources": [{"path": "none"}], "buckets": {"sides": [512], "frames": [49]}},
-        "engine": {"kind": "single", "device": device, "precision": precision},
+        "engine": {"kind": "torch", "device": device, "precision": precision},
     }
     return parse_config(read_text(json.dumps(plain), overrides=overrides))
 

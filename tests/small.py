@@ -30,6 +30,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from tests.small_text import make_qwen3 as make_qwen3
 from weft.data.media import write_video
 from weft.families.loading import model_folder
 from weft.run.config import RunConfig, parse_config
@@ -217,7 +218,7 @@ def plain_config(root: Path, model: Path | str, clips: Path, family: str = "wan"
             "batch_size": 2,
             "cache_folder": str(root / "cache"),
         },
-        "engine": {"kind": "single", "device": "cpu"},
+        "engine": {"kind": "torch", "device": "cpu"},
         "schedule": {"steps": 6, "curve": "cosine", "warmup": 1},
         "save": {"every": 2, "keep": 2},
         "validation": {"every": 3},

@@ -4,7 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from weft.durable import HALF_WRITTEN, REPLACED, remove_drafts, whole_file, write_folder, write_whole
+from weft.durable import (
+    HALF_WRITTEN,
+    REPLACED,
+    draft_of,
+    remove_drafts,
+    remove_folder,
+    take_place,
+    whole_file,
+    write_folder,
+    write_whole,
+)
 
 
 def test_a_file_that_could_not_be_written_leaves_the_old_one(tmp_path: Path):
@@ -51,3 +61,27 @@ def test_what_was_replaced_is_deleted_when_the_new_folder_stands(tmp_path: Path)
     remove_drafts(tmp_path)
     assert (tmp_path / "a" / "x").read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_draft_that_several_fill_takes_its_place_at_one_stroke(tmp_path: Path):
+    draft = draft_of(tmp_path / "runs" / "a")
+    (draft / "x").write_text("one")
+    (draft / "y").write_text("another")
+    assert not (tmp_path / "runs" / "a").exists()
+    take_place(draft, tmp_path / "runs" / "a")
+    assert sorted(p.name for p in (tmp_path / "runs").rglob("*")) == ["a", "x", "y"]
+
+
+def test_a_folder_loses_its_name_before_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_folder(tmp_path / "a", lambda folder: write_whole(folder / "x", "old"))
+
+    def killed(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("weft.durable.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        remove_folder(tmp_path / "a")
+    monkeypatch.undo()
+    assert not (tmp_path / "a").exists()
+    remove_drafts(tmp_path)
+    assert list(tmp_path.iterdir()) == []

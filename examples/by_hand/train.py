@@ -15,10 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from weft.adapters.lora import Lora
 from weft.adapters.modules import linears_of
-from weft.contracts import DEFAULT, Batch, Encoders, Model, Rng
+from weft.contracts import DEFAULT, Batch, Berth, Encoders, Model, Rng
 from weft.demo.shapes import RING, random_caption, random_scene, render
 from weft.families.wan import Wan
-from weft.families.weights import stay
 from weft.formats.adapter_file import SavedAdapter
 from weft.formats.peft import PeftFolder
 from weft.math.chance import generator
@@ -43,10 +42,12 @@ def encoded_clips(encoders: Encoders) -> Batch:
 
 def model_with_adapter(family: Wan, recipe: Lora) -> Model:
     """The frozen network with a new adapter on the layers that the recipe's targets name."""
-    network = family.load("fp32", DEFAULT.name, stay)
+    network = family.load("fp32", DEFAULT.name, Berth())
     report = recipe.match(linears_of(network), family.targets, family.aliases)
     print(f"{len(report.paths)} layers, {report.parameters(recipe.rank):,} trainable parameters")
-    return Model(network.train(), family, recipe.attach(network, report.paths, (ROLE,), SEED))
+    adapters = recipe.attach(network, report.paths, (ROLE,), SEED)
+    adapters.initialize()
+    return Model(network.train(), family, adapters)
 
 
 def validation_loss(objective: FlowMatching, model: Model, batch: Batch) -> float:

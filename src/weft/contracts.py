@@ -1,6 +1,6 @@
 """The nouns of Weft: what a family, an adapter, an objective, an engine and a stream of data owe each other.
 
-Letters in shapes: B batch, C channels, F frames, H height, W width, L text tokens, D width of a token,
+Letters in shapes: B batch (of text: rows), C channels, F frames, H height, W width, L text tokens, D width of a token,
 N video tokens. Time t is in [0, 1]: 0 is data, 1 is noise.
 
 A step is a list of phases; a phase is one backward pass under one role, and the optimizers that it moves, in order.
@@ -10,13 +10,28 @@ A role is a named adapter on one shared frozen base; the name None is the base i
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from weft.geometry import VideoGeometry
+from weft.models import (  # noqa: F401  # all nouns are found here; a model's own stand in a file for themselves
+    DEFAULT,
+    Berth,
+    Encoders,
+    Expert,
+    ModelFamily,
+    Put,
+    Read,
+    SequenceGroup,
+    TextFamily,
+    VideoFamily,
+    as_text,
+    as_video,
+    at_once,
+    stay,
+)
 
 # ---- What travels -------------------------------------------------------------------------------------------------
 
@@ -49,10 +64,19 @@ class Denoise:
 
 @dataclass(frozen=True)
 class Tokens:
-    """One question to a text model. ids and mask: (B, L)."""
+    """One question to a language model. ids, positions and labels: (B, L) int64.
+
+    positions: place of each token in its own conversation. A 0 begins one, so that conversations packed into a row
+    never see each other; padding at a row's end is one too. labels: the token that must come next at each place,
+    already shifted; UNLEARNED where nothing is learned.
+    """
 
     ids: Tensor
-    mask: Tensor
+    positions: Tensor
+    labels: Tensor
+
+
+UNLEARNED = -100  # as torch's and transformers' losses have it
 
 
 @dataclass(frozen=True)
@@ -65,11 +89,13 @@ class Loss:
 
 @dataclass
 class Rng:
-    """The chance of one micro-batch, seeded anew from (seed, step, micro-batch, rank): a resumed run draws the same.
+    """The chance of one micro-batch, seeded anew for its place in the run: a resumed run draws the same, and so does
+    one on another number of processes.
 
-    own: differs between ranks (noise, dropout). shared: equal on all ranks; anything that alters which network calls
-    are made must come from it, or sharded engines wait for ever. draw: number of this micro-batch among its phase's,
-    counted over all ranks since the run began, so that stratified draws go on across steps.
+    own: of the micro-batch, whichever rank has it (noise). shared: equal on all ranks that are at work at the same
+    time; anything that alters which network calls are made must come from it, or sharded engines wait for ever.
+    draw: number of this micro-batch among its phase's, counted over all ranks since the run began, so that stratified
+    draws go on across steps.
     """
 
     own: torch.Generator
@@ -81,134 +107,34 @@ class Rng:
 # ---- Model --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Expert:
-    """One network of a family, and the times [low, high] that it is asked at. Its adapter has its name."""
-
-    name: str  # "default" where a model has one network; "high" and "low" in Wan 2.2 A14B
-    times: tuple[float, float]
-
-
-DEFAULT = Expert("default", (0.0, 1.0))  # PEFT's own name of a single adapter, so that files carry no name of ours
-
-# (frozen tensor, number of its block or None, blocks of the network) -> the tensor where it lives while training.
-Put = Callable[[Tensor, int | None, int], Tensor]
-
-
-class Encoders(Protocol):
-    """The frozen encoders around a video model; loaded for caching and sampling, never while training from a cache."""
-
-    def latents(self, pixels: Tensor) -> Tensor:
-        """Normalised posterior mean, fp32 (B, C, f, h, w), of pixels (B, 3, F, H, W) in [-1, 1]."""
-        ...
-
-    def given(self, pixels: Tensor) -> Mapping[str, Tensor]:
-        """What an image-to-video network is told of the first frame of pixels (B, 3, F, H, W) in [-1, 1], by name, each
-        (B, ...); nothing for other models. Of the frames after the first only the number counts."""
-        ...
-
-    def pixels(self, latents: Tensor) -> Tensor:
-        """Pixels (B, 3, F, H, W) in [-1, 1] of normalised latents."""
-        ...
-
-    def text(self, captions: Sequence[str]) -> list[Mapping[str, Tensor]]:
-        """For each caption {"text": (L_i, D), ...}. Its text is cut to its real length, and padded when a batch is
-        made; further tensors have one shape for all captions."""
-        ...
-
-
 class Adapters(Protocol):
     """The named adapters that stand on one network. Keys are canonical: `PATH.lora_A.weight` is (rank, in)."""
 
     names: tuple[str, ...]
     paths: tuple[str, ...]  # of the adapted modules, in the network's own order
 
+    def initialize(self) -> None:
+        """First values, once the network stands where it trains. They depend on the seed, the adapter's name and the
+        layer's path alone; of a sharded tensor each rank keeps its part."""
+        ...
+
     def parameters(self, name: str) -> dict[str, nn.Parameter]: ...
+    def fixed(self, name: str) -> dict[str, Tensor]:
+        """What belongs to an adapter and is not trained: PiSSA's first factors."""
+        ...
+
     def use(self, name: str | None) -> AbstractContextManager[None]: ...
-    def state_dict(self, name: str) -> dict[str, Tensor]: ...
+    def state_dict(self, name: str) -> dict[str, Tensor]:
+        """Whole tensors. Where parameters are sharded every rank must ask."""
+        ...
+
     def load_state_dict(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Copy tensors in. Raises ModelError when keys or shapes differ, naming the first of each kind."""
+        """Copy whole tensors in. Raises ModelError when keys or shapes differ, naming the first of each kind."""
         ...
 
     def after_step(self, name: str) -> Mapping[str, float]:
         """What must hold after each optimizer step (max-norm scaling); numbers worth logging."""
         ...
-
-
-class ModelFamily(Protocol):
-    """How one family of checkpoints is loaded, divided into blocks, and called.
-
-    forward(Denoise) is always the velocity dx/dt = noise - data: a family converts what its network predicts.
-    """
-
-    @property
-    def targets(self) -> Mapping[str, str]:
-        """Named sets of linear layers, each a regex that is matched against whole module paths."""
-        ...
-
-    @property
-    def aliases(self) -> Mapping[str, str | tuple[str, ...]]:
-        """Other programs' names of layer suffixes -> this network's: {'self_attn.q': 'attn1.to_q', ...}."""
-        ...
-
-    @property
-    def experts(self) -> tuple[Expert, ...]:
-        """The networks that are trained."""
-        ...
-
-    @property
-    def all_experts(self) -> tuple[Expert, ...]:
-        """The networks that a sample needs, noisiest first."""
-        ...
-
-    @property
-    def image(self) -> Literal["none", "channels", "frames"]:
-        """How the network is given a first frame: not at all, in further channels (always), as a clean latent frame."""
-        ...
-
-    @property
-    def embeds_guidance(self) -> bool:
-        """Whether guidance is an input of the network, cond["guidance"] (B,), in place of a second question."""
-        ...
-
-    def geometry(self) -> VideoGeometry: ...
-    def skeleton(self, device: str = "meta") -> nn.Module:
-        """The network without weights: names and shapes on the meta device, or on a device of fake tensors."""
-        ...
-
-    def conditions(self, items: int, frames: int, height: int, width: int) -> Mapping[str, Tensor]:
-        """Conditions of the right shapes for latents (items, C, frames, height, width), without meaning: for estimates
-        and benches."""
-        ...
-
-    def weight_dtype(self, precision: str) -> str:
-        """fp32, bf16 or fp16: in which frozen weights lie in memory, or are decoded to, when the engine multiplies in
-        precision."""
-        ...
-
-    def weight_bytes(self, precision: str) -> Mapping[int | None, int]:
-        """Bytes of one network's frozen weights in memory by the number of their block; None: outside of blocks."""
-        ...
-
-    def load(self, precision: str, expert: str, put: Put) -> nn.Module:
-        """The frozen network of an expert. Each tensor is read, cast or quantized, and put where it lives."""
-        ...
-
-    def encoders(self, device: torch.device, carry: Callable[[nn.Module], nn.Module]) -> Encoders:
-        """The encoders, carried to the device by the engine's own way."""
-        ...
-
-    def sampler(self, steps: int, device: torch.device) -> Any:
-        """A fresh diffusers scheduler as the source's own config asks for, its timesteps set as the model's own
-        pipeline sets them."""
-        ...
-
-    def identity(self) -> Mapping[str, str]:
-        """Fingerprints of the weights: {'network': ..., 'latents': ..., 'text': ...}, without reading them whole."""
-        ...
-
-    def blocks(self, network: nn.Module) -> Sequence[nn.Module]: ...
-    def forward(self, call: Callable[..., Any], inputs: Denoise) -> Tensor: ...
 
 
 class AdapterMethod(Protocol):
@@ -229,12 +155,19 @@ class Model:
 
     def velocity(self, inputs: Denoise) -> Tensor:
         """dx/dt (B, C, F, H, W) under the adapter in use."""
+        return self._ask(inputs, inputs.expert)
+
+    def losses(self, inputs: Tokens) -> Tensor:
+        """Negative log-likelihood (B, L) fp32 of each label under the adapter in use, 0 where nothing is learned."""
+        return self._ask(inputs, None)
+
+    def _ask(self, inputs: Denoise | Tokens, expert: str | None) -> Tensor:
         network = self.network
         if isinstance(network, nn.ModuleDict):
-            assert inputs.expert is not None, f"which of {list(network)} is asked?"
+            assert expert is not None, f"which of {list(network)} is asked?"
             if self.ready is not None:
-                self.ready(inputs.expert)
-            network = network[inputs.expert]
+                self.ready(expert)
+            network = network[expert]
         if self.weights is None:
             return self.family.forward(network, inputs)
 
@@ -307,20 +240,30 @@ class Objective(Protocol):
 class Validated(Protocol):
     """An objective that can be measured without chance: same noise, same times, whenever it is asked."""
 
-    def measured(self, experts: Sequence[Expert]) -> tuple[tuple[str, float], ...]:
-        """Each (name of an expert, time) that it is measured at."""
+    def measured(self, experts: Sequence[Expert]) -> tuple[tuple[str, float | None], ...]:
+        """Each (name of an expert, time) that it is measured at; one without a time where times mean nothing."""
         ...
 
-    def measure(self, model: Model, batch: Batch, expert: str, time: float, seed: int) -> Tensor:
-        """Loss of each item, (B,) fp32, on noise fixed by (seed, item key) at one time; no gradient."""
+    def measure(self, model: Model, batch: Batch, expert: str, time: float | None, seed: int) -> Tensor:
+        """Mean loss of each item, (B,) fp32, on noise fixed by (seed, item key) at one time; no gradient."""
         ...
+
+    def weights(self, batch: Batch) -> Tensor:
+        """How much each item counts in a mean, (B,): 1 for clips, of text the number of learned tokens."""
+        ...
+
+
+T = TypeVar("T")
 
 
 class Engine(Protocol):
     """Where tensors live and how gradients meet. Contract: the gradient is SUMMED over ranks."""
 
     rank: int
-    world: int
+    world: int  # of all processes
+    data_rank: int
+    data_world: int  # of those that read different data; the ranks of a sequence group have one data_rank
+    sequence: SequenceGroup | None
     device: torch.device
     precision: str  # fp32, bf16 or fp16, of the multiplications
     can: frozenset[str]
@@ -329,16 +272,21 @@ class Engine(Protocol):
         """Move a module to the device, checked on arrival where that was asked for."""
         ...
 
-    def berth(self, number: int) -> Put:
+    def berth(self, number: int) -> Berth:
         """Where the weights of a run's first, second, ... network go as they are read."""
         ...
 
     def place(self, network: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
-        """Make a network that was read into its berth ready to run: what else it holds, recomputation, streaming."""
+        """Make a network that was read into its berth ready to run: what else it holds, recomputation, streaming,
+        sharding. Its adapters are attached and have no values yet."""
         ...
 
     def alternate(self, networks: Mapping[str, nn.Module]) -> Callable[[str], None]:
         """Of several placed networks one is asked at a time; the call that is returned makes the named one ready."""
+        ...
+
+    def own(self, network: nn.Module, optimizers: dict[str, Optimizer]) -> dict[str, Optimizer]:
+        """The optimizers that the loop moves, once they are built: the same ones unless the engine has its own."""
         ...
 
     def put(self, batch: Batch) -> Batch: ...
@@ -346,11 +294,25 @@ class Engine(Protocol):
         """Mixed precision around a forward pass."""
         ...
 
-    def total(self, value: Tensor) -> Tensor: ...
+    def total(self, value: Tensor) -> Tensor:
+        """The sum over the data ranks. Every rank must ask."""
+        ...
+
+    def agreed(self, value: T) -> T:
+        """What rank 0 says, plain data. Every rank must ask."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        ...
+
     def backward(self, loss: Tensor, *, last: bool) -> None: ...
     def step(self, optimizer: Optimizer, max_norm: float) -> "Stepped": ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def close(self) -> None:
+        """Leave the group of processes."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -372,6 +334,20 @@ class Experience(Protocol):
     def name(self) -> str: ...
     @property
     def last_step(self) -> int: ...
+    @property
+    def epoch_draws(self) -> int | None:
+        """Micro-batches of all ranks in one epoch; None where that is not known beforehand."""
+        ...
+
     def batches(self, start: int, rank: int, world: int) -> Iterator[Batch]:
-        """Endless micro-batches of one rank, from the start-th on. The order depends on the seed and start alone."""
+        """Endless micro-batches of one of `world` ranks: of all draws of the run those of numbers start + rank,
+        start + rank + world, ... What a draw holds depends on the seed and its number alone."""
+        ...
+
+    def position(self, drawn: int) -> dict[str, Any]:
+        """Plain data with which another process begins at draw `drawn` without reading what came before."""
+        ...
+
+    def resume_at(self, position: Mapping[str, Any]) -> None:
+        """Take a position that was saved."""
         ...

@@ -32,27 +32,45 @@ def write_whole(path: Path, content: str | bytes) -> None:
         draft.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a folder beside the target and give it the target's name; an older folder of that name is replaced."""
+def draft_of(target: Path) -> Path:
+    """A new folder beside a target, in which it is made ready."""
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f"{HALF_WRITTEN}{uuid4().hex[:8]}-{target.name}")
     draft.mkdir()
+    return draft
+
+
+def take_place(draft: Path, target: Path) -> None:
+    """Give a folder that is ready the target's name, once all of it is on the disk; an older folder is replaced."""
+    for path in draft.rglob("*"):
+        force_to_disk(path)
+    force_to_disk(draft)
+    if target.exists():
+        old = target.with_name(f"{HALF_WRITTEN}{uuid4().hex[:8]}{REPLACED}{target.name}")
+        target.rename(old)
+        draft.rename(target)
+        shutil.rmtree(old)
+    else:
+        draft.rename(target)
+    force_to_disk(target.parent)
+
+
+def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
+    """Fill a folder beside the target and give it the target's name; an older folder of that name is replaced."""
+    draft = draft_of(target)
     try:
         fill(draft)
-        for path in draft.rglob("*"):
-            force_to_disk(path)
-        force_to_disk(draft)
-        if target.exists():
-            old = target.with_name(f"{HALF_WRITTEN}{uuid4().hex[:8]}{REPLACED}{target.name}")
-            target.rename(old)
-            draft.rename(target)
-            shutil.rmtree(old)
-        else:
-            draft.rename(target)
+        take_place(draft, target)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    force_to_disk(target.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder so that a kill meanwhile leaves none that looks whole: it loses its name first."""
+    doomed = folder.with_name(f"{HALF_WRITTEN}{uuid4().hex[:8]}-{folder.name}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def remove_drafts(folder: Path) -> None:

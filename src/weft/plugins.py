@@ -12,6 +12,7 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
     "family": {
         "wan": "weft.families.wan:Wan",
         "hunyuan-video": "weft.families.hunyuan_video:HunyuanVideo",
+        "causal-lm": "weft.families.causal_lm:CausalLM",
     },
     "adapter": {
         "lora": "weft.adapters.lora:Lora",
@@ -22,9 +23,10 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
     "objective": {
         "flow-matching": "weft.objectives.flow_matching:FlowMatching",
         "legacy-epsilon": "weft.objectives.legacy_epsilon:LegacyEpsilon",
+        "next-token": "weft.objectives.next_token:NextToken",
     },
-    "engine": {"single": "weft.engines.single:Single"},
-    "data": {"video": "weft.data.video:VideoData"},
+    "engine": {"torch": "weft.engines.torch_engine:Torch", "deepspeed": "weft.engines.deepspeed:DeepSpeed"},
+    "data": {"video": "weft.data.video:VideoData", "chat": "weft.data.chat:ChatData"},
     "optimizer": {
         "adamw": "weft.run.optimizers:AdamW",
         "adamw8bit": "weft.run.optimizers:AdamW8bit",
@@ -37,7 +39,8 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
     "verb": {
         name: f"weft.cli.{name}:run"
         for name in (
-            "demo", "init", "plan", "cache", "train", "stop", "sample", "merge", "show", "bench", "doctor", "config",
+            "demo", "init", "plan", "cache", "train", "launch", "stop", "sample", "merge", "convert", "show", "bench",
+            "doctor", "config",
         )
     },
 }  # fmt: skip

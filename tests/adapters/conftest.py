@@ -25,13 +25,18 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session")
-def one_wan() -> WanTransformer3DModel:
+def new_wan(layers: int = 2) -> WanTransformer3DModel:
+    """A network of blocks of width 48, the same one whenever it is made."""
     torch.manual_seed(0)
     return WanTransformer3DModel(
         patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=24, in_channels=16, out_channels=16,
-        text_dim=32, freq_dim=32, ffn_dim=64, num_layers=2,
+        text_dim=32, freq_dim=32, ffn_dim=64, num_layers=layers,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def one_wan() -> WanTransformer3DModel:
+    return new_wan()
 
 
 @pytest.fixture
@@ -40,26 +45,28 @@ def tiny_wan(one_wan: WanTransformer3DModel) -> Callable[[], WanTransformer3DMod
     return lambda: deepcopy(one_wan)
 
 
-@pytest.fixture
-def ask() -> Callable[[nn.Module], Tensor]:
+def answer(network: nn.Module) -> Tensor:
     """The network's answer (2, 16, 2, 4, 4) to a fixed question."""
     chance = torch.Generator().manual_seed(1)
     x = torch.randn(2, 16, 2, 4, 4, generator=chance)
     text = torch.randn(2, 5, 32, generator=chance)
+    dtype = next(network.parameters()).dtype
+    return network(x.to(dtype), torch.tensor([100.0, 500.0]), text.to(dtype), return_dict=False)[0]
 
-    def answer(network: nn.Module) -> Tensor:
-        dtype = next(network.parameters()).dtype
-        return network(x.to(dtype), torch.tensor([100.0, 500.0]), text.to(dtype), return_dict=False)[0]
 
+@pytest.fixture
+def ask() -> Callable[[nn.Module], Tensor]:
     return answer
 
 
 @pytest.fixture
 def attach() -> Callable[..., NamedAdapters]:
-    """Put adapters on the attention of a network (or on what the recipe names)."""
+    """Put adapters with first values on the attention of a network (or on what the recipe names)."""
 
     def put(recipe: Recipe, network: nn.Module, names: tuple[str, ...] = ("student",), seed: int = 7) -> NamedAdapters:
-        return recipe.attach(network, recipe.match(recipe.layers(network), PRESETS, {}).paths, names, seed)
+        adapters = recipe.attach(network, recipe.match(recipe.layers(network), PRESETS, {}).paths, names, seed)
+        adapters.initialize()
+        return adapters
 
     return put
 

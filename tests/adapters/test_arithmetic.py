@@ -40,6 +40,7 @@ def changed(network, adapters, x):
 def test_loha_is_the_product_of_two_low_rank_changes_number_by_number():
     network = one_linear()
     adapters = LoHa(rank=2, alpha=3).attach(network, ("0",), ("s",), 0)
+    adapters.initialize()
     t = shaken_state(adapters)
     delta = 1.5 * (t["0.hada_w1_a"] @ t["0.hada_w1_b"]) * (t["0.hada_w2_a"] @ t["0.hada_w2_b"])
     x = torch.randn(4, 12)
@@ -49,6 +50,7 @@ def test_loha_is_the_product_of_two_low_rank_changes_number_by_number():
 def test_lokr_is_a_kronecker_product():
     network = one_linear()
     adapters = LoKr(rank=1, alpha=2).attach(network, ("0",), ("s",), 0)
+    adapters.initialize()
     t = shaken_state(adapters)
     assert t["0.lokr_w1"].shape == (2, 3)  # of 10 = 2 x 5 and 12 = 3 x 4
     delta = 2 * torch.kron(t["0.lokr_w1"], t["0.lokr_w2_a"] @ t["0.lokr_w2_b"])
@@ -64,6 +66,7 @@ def test_oft_keeps_the_length_of_every_row_and_the_angles_between_them():
     network = one_linear(fan_in=16)
     weight = network[0].weight.detach().clone()
     adapters = Oft(block_size=8, series=None).attach(network, ("0",), ("s",), 0)
+    adapters.initialize()
     shaken_state(adapters)
     with adapters.use("s"), torch.no_grad():
         rotated = (network(torch.eye(16)) - network(torch.zeros(1, 16))).T
@@ -129,6 +132,7 @@ def test_pissas_first_values_are_the_same_factors_twice_and_cancel_exactly():
     for backend in ("peft", "native"):
         network = one_linear()
         adapters = Lora(rank=3, init="pissa", backend=backend).attach(network, ("0",), ("s",), 0)
+        adapters.initialize()
         state = adapters.state_dict("s")
         assert torch.equal(state["0.lora_A.weight"], state["0.lora_A.first"]) and state["0.lora_A.first"].any()
         assert not changed(network, adapters, torch.randn(7, 12)).any()
@@ -140,6 +144,7 @@ def test_a_small_change_is_not_lost_in_bf16_beside_the_principal_part(backend):
     """A change of a thousandth of W: as a difference of two products it would drown in their rounding, 2^-9 of W."""
     network = one_linear(fan_in=32, out=24).to(torch.bfloat16)
     adapters = Lora(rank=8, init="pissa", backend=backend).attach(network, ("0",), ("s",), 0)
+    adapters.initialize()
     chance = torch.Generator().manual_seed(5)
     state = adapters.state_dict("s")
     moved = {k: v + 1e-3 * v.std() * torch.randn(v.shape, generator=chance) for k, v in state.items() if "weight" in k}
@@ -171,6 +176,7 @@ def test_pissa_reads_the_weights_of_a_quantized_base(backend):
     assert_close(dense_weight(packed), dense.float(), atol=1e-6, rtol=1e-5)
     network = nn.Sequential(packed)
     adapters = Lora(rank=4, init="pissa", backend=backend, pissa_iterations=None).attach(network, ("0",), ("s",), 0)
+    adapters.initialize()
     state = adapters.state_dict("s")
     u, s, vh = torch.linalg.svd(dense.float())
     best = u[:, :4] * s[:4] @ vh[:4]
@@ -220,6 +226,7 @@ def test_a_convolutions_change_is_a_convolution_with_the_product_kernel(backend)
     network = nn.Sequential(nn.Conv3d(3, 7, (1, 2, 2), stride=(1, 2, 2), padding=(0, 1, 1)))
     recipe = Lora(rank=9, conv_rank=2, conv_alpha=6, targets="0", backend=backend)
     adapters = recipe.attach(network, ("0",), ("s",), 0)
+    adapters.initialize()
     t = shaken_state(adapters)
     assert t["0.lora_A.weight"].shape == (2, 3, 1, 2, 2) and t["0.lora_B.weight"].shape == (7, 2, 1, 1, 1)
     kernel = 3 * torch.einsum("or,rixyz->oixyz", t["0.lora_B.weight"].flatten(1), t["0.lora_A.weight"])
@@ -233,6 +240,7 @@ def test_rank_dropout_of_a_convolution_drops_ranks_and_not_places(backend):
     network = nn.Sequential(nn.Conv2d(3, 5, 1, bias=False))
     recipe = Lora(conv_rank=4, rank_dropout=0.5, targets="0", backend=backend)
     adapters = recipe.attach(network.train(), ("0",), ("s",), 0)
+    adapters.initialize()
     shaken_state(adapters)
     torch.manual_seed(0)
     out = changed(network, adapters, torch.ones(64, 3, 6, 6))
@@ -242,6 +250,7 @@ def test_rank_dropout_of_a_convolution_drops_ranks_and_not_places(backend):
 def test_max_norm_holds_for_a_convolution_too():
     network = nn.Sequential(nn.Conv2d(3, 5, 3))
     adapters = Lora(conv_rank=2, conv_alpha=1, max_norm=0.5, targets="0").attach(network, ("0",), ("s",), 0)
+    adapters.initialize()
     shaken_state(adapters)
     adapters.after_step("s")
     t = adapters.state_dict("s")

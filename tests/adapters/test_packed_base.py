@@ -1,10 +1,13 @@
 """Adapters on a base that is kept in 8 bits: what holds on a plain one holds here."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
+from tests.adapters.conftest import PRESETS, new_wan
 from tests.adapters.recipes import KINDS, saved
 from weft.adapters.lora import Lora
 from weft.adapters.modules import dense_weight
@@ -49,6 +52,24 @@ def test_every_kind_trains_on_a_packed_base_and_leaves_it_as_it_was(recipe, kind
     assert losses[-1] < losses[0] and torch.equal(ask(network), expected)
     after = {key.replace(".base_layer", ""): p for key, p in network.named_parameters() if key.endswith("codes")}
     assert codes and all(torch.equal(p, codes[key]) for key, p in after.items())
+
+
+@pytest.mark.parametrize("kind", ["plain", "fp8", "int8", *(["nf4"] if find_spec("bitsandbytes") else [])])
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
+def test_adapters_stand_on_a_base_before_it_has_numbers_and_are_none_until_they_begin(recipe, kind, attach):
+    """As where each process keeps a part of what is read: in the network one number stands in for a weight."""
+    network, other = (net if kind == "plain" else pack(net, kind) for net in (new_wan(1), new_wan(1)))
+    numbers = [(parameter, parameter.data) for parameter in network.parameters()]
+    for parameter, tensor in numbers:
+        parameter.data = torch.full((1,), 77, dtype=tensor.dtype).expand(tensor.shape)
+    adapters = recipe.attach(network, recipe.match(recipe.layers(network), PRESETS, {}).paths, ("student",), 7)
+    assert all(tensor.isnan().all() for tensor in adapters.state_dict("student").values())
+    for parameter, tensor in numbers:
+        parameter.data = tensor
+    expected = attach(recipe, other).state_dict("student")
+    for _ in range(2):  # it may be called again
+        adapters.initialize()
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in adapters.state_dict("student").items())
 
 
 @pytest.mark.parametrize("recipe", [KINDS["pissa"], KINDS["pissa native"]], ids=["peft", "native"])

@@ -121,6 +121,7 @@ def test_dora_starts_at_the_base_and_its_magnitude_scales_whole_outputs(backend)
     x = torch.randn(3, 6)
     expected = network(x)
     adapters = Lora(rank=2, dora=True, backend=backend).attach(network, ("0",), ("student",), 0)
+    adapters.initialize()
     with adapters.use("student"):
         assert_close(network(x), expected)
         state = {key: value.clone() for key, value in adapters.state_dict("student").items()}

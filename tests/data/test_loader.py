@@ -71,6 +71,15 @@ def test_two_ranks_draw_what_one_draws(data, encoders):
     for rank in (0, 1):
         own = drawn(dataset, 0, 6, rank, world=2)
         assert all(equal(one, other) for one, other in zip(whole[rank::2], own, strict=True))
+        later = drawn(dataset, 6, 3, rank, world=2)
+        assert all(equal(one, other) for one, other in zip(whole[6 + rank :: 2], later, strict=True))
+
+
+def test_an_epoch_is_as_many_draws_whoever_makes_them_and_its_position_is_its_number(data, encoders):
+    stream = opened(data, encoders).train
+    keys = [key for batch in islice(stream.batches(0, 0, 1), stream.epoch_draws) for key in batch.keys]
+    assert sorted(keys) == sorted(clip.key for clip in stream.clips)
+    assert stream.position(stream.epoch_draws) == {}
 
 
 def test_dropped_captions_are_the_encoded_empty_one_at_the_asked_share(data, encoders):

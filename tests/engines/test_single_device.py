@@ -12,8 +12,8 @@ from torch.testing import assert_close
 from tests.learners import ROLE, Given, batch_of, learner_of, small_config, weights
 from weft.contracts import Batch, NoState
 from weft.engines.residency import Residence
-from weft.engines.single import Single
 from weft.engines.single_device import SingleEngine
+from weft.engines.torch_engine import Torch
 from weft.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -166,23 +166,28 @@ def test_verified_copies_are_asked_for_every_tensor_when_told_and_for_none_other
 @pytest.mark.parametrize("device", ["cuda", "cuda:7"])
 def test_a_gpu_that_is_not_there_is_refused_with_what_to_run(device):
     with pytest.raises(ConfigError, match=rf"'{device}' was asked for, but torch sees no GPU. Run: weft doctor"):
-        Single(device=device).open()
+        Torch(device=device).open()
 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="this is a Mac")
 def test_mps_away_from_a_mac_is_refused():
     with pytest.raises(ConfigError, match="no Mac with Metal"):
-        Single(device="mps").open()
+        Torch(device="mps").open()
 
 
 def test_a_cpu_computes_in_fp32_unless_told_otherwise():
-    assert Single(device="cpu").open().precision == "fp32"
-    half = Single(device="cpu", precision="bf16").open()
+    assert Torch(device="cpu").open().precision == "fp32"
+    half = Torch(device="cpu", precision="bf16").open()
     with half.computing():
         assert nn.Linear(2, 2)(torch.zeros(1, 2)).dtype == torch.bfloat16
 
 
-def test_one_process_sums_over_itself():
-    value = torch.tensor(3.0)
-    on = engine()
-    assert (on.rank, on.world, float(on.total(value))) == (0, 1, 3.0)
+def test_one_process_sums_over_itself_and_agrees_with_itself():
+    value, on = torch.tensor(3.0), engine()
+    assert (on.rank, on.world, on.data_rank, on.data_world, on.sequence) == (0, 1, 0, 1, None)
+    assert float(on.total(value)) == 3.0
+    assert on.agreed({"step": 4}) == {"step": 4}
+    on.barrier()
+    optimizers: dict[str, torch.optim.Optimizer] = {}
+    assert on.own(nn.Linear(1, 1), optimizers) is optimizers
+    on.close()

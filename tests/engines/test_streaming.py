@@ -15,8 +15,8 @@ from tests.learners import ROLE, Given, batch_of, learner_of, small_config, trai
 from tests.small import make_wan
 from weft.contracts import Batch, NoState
 from weft.engines.residency import Parcel, Residence, Ring, frozen_by_block, streamed_blocks
-from weft.engines.single import Single
 from weft.engines.single_device import SingleEngine
+from weft.engines.torch_engine import Torch
 from weft.errors import ConfigError
 from weft.run.evaluate import resting
 from weft.run.learner import Learner
@@ -90,7 +90,7 @@ def test_a_network_cannot_stream_all_of_its_blocks(deep, tmp_path):
 @pytest.mark.parametrize("asked", [{"stream_blocks": 2}, {"offload_inputs": True}])
 def test_what_travels_needs_recomputation(asked):
     with pytest.raises(ValueError, match=f"{next(iter(asked))} needs recompute: true"):
-        Single(**asked)
+        Torch(**asked)
 
 
 # ---- The same numbers -----------------------------------------------------------------------------------------------
@@ -349,7 +349,7 @@ def test_weights_are_read_to_where_they_live():
     """A streamed block's tensors and a later expert's stay with the host; the rest is brought to the device."""
     elsewhere = torch.device("cpu", 0)
     on = SingleEngine(elsewhere, "fp32", Residence(recompute=True, stream_blocks=2, experts="one"))
-    first, second = on.berth(0), on.berth(1)
+    first, second = on.berth(0).put, on.berth(1).put
     tensor = torch.zeros(3)
     moved = [first(tensor, block, 4).data_ptr() != tensor.data_ptr() for block in (None, 0, 1, 2, 3)]
     assert moved == [True, True, False, True, False]

@@ -36,7 +36,7 @@ def placed(engine: SingleEngine) -> tuple[dict[str, nn.Module], Callable[[str], 
     """Two experts, read into their berths and placed."""
     networks: dict[str, nn.Module] = {}
     for number, name in enumerate(("high", "low")):
-        made, put = network(number), engine.berth(number)
+        made, put = network(number), engine.berth(number).put
         blocks = list(made)[1:]
         for block, tensors in frozen_by_block(made, blocks).items():
             for tensor in tensors:

@@ -50,7 +50,8 @@ def gradients(learner: Learner) -> dict[str, Tensor]:
                 chance = torch.Generator().manual_seed(number)
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=chance))
         with learner.model.adapters.use(phase.role), learner.engine.computing():
-            loss = learner.objective.loss(phase.name, learner.model, batch, learner.state, learner.rng(phase.name, 0))
+            rng = learner.rng(phase.name, 0, accumulate=1)
+            loss = learner.objective.loss(phase.name, learner.model, batch, learner.state, rng)
             learner.engine.backward(loss.total, last=True)
         found |= {f"{phase.role}/{name}": p.grad.clone() for name, p in parameters.items() if p.grad is not None}
         assert len(found) >= len(parameters)

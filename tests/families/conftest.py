@@ -8,18 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-from torch import Tensor
 
 from tests.small import make_hunyuan, make_wan
 from weft.families.wan import Wan
 
 MEAN = tuple(0.1 * c - 0.7 for c in range(16))
 STD = tuple(0.5 + 0.1 * c for c in range(16))
-
-
-def stay(tensor: Tensor, block: int | None, blocks: int) -> Tensor:
-    """A Put that leaves tensors where they were read."""
-    return tensor
 
 
 @pytest.fixture(scope="session")

@@ -14,13 +14,13 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.families.conftest import stay
 from weft.adapters.lora import Lora
 from weft.adapters.modules import linears_of
 from weft.contracts import DEFAULT, Denoise, Model
-from weft.engines.single import Single
+from weft.engines.torch_engine import Torch
 from weft.errors import ConfigError, ModelError
 from weft.families.hunyuan_video import HunyuanVideo
+from weft.families.weights import HERE
 
 RANK = 4
 T = torch.tensor([0.8333, 0.02])
@@ -58,14 +58,14 @@ def asked_plainly(network: Any, question: Denoise, item: int, guidance: float = 
 
 @torch.no_grad()
 def test_a_batch_with_ragged_texts_is_answered_as_diffusers_answers_each_item_alone(family, plain, question):
-    ours = family.forward(family.load("fp32", "default", stay), question)
+    ours = family.forward(family.load("fp32", "default", HERE), question)
     for i in range(2):
         assert_close(ours[i : i + 1], asked_plainly(plain, question, i), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
 def test_what_lies_behind_the_text_does_not_matter(family, question):
-    network = family.load("fp32", "default", stay)
+    network = family.load("fp32", "default", HERE)
     noise = torch.randn(2, 7, 32) * ~question.cond["text_mask"][..., None]
     padded = replace(question, cond={**question.cond, "text": question.cond["text"] + noise})
     assert_close(family.forward(network, question), family.forward(network, padded), rtol=1e-4, atol=1e-5)
@@ -73,7 +73,7 @@ def test_what_lies_behind_the_text_does_not_matter(family, question):
 
 @torch.no_grad()
 def test_the_guidance_is_the_sections_unless_the_question_tells_its_own_for_each_item(family, plain, question):
-    network = family.load("fp32", "default", stay)
+    network = family.load("fp32", "default", HERE)
     six = HunyuanVideo(source=family.source, guidance=6.0).forward(network, question)
     own = replace(question, cond={**question.cond, "guidance": torch.tensor([6.0, 1.0])})
     mixed = family.forward(network, own)
@@ -97,7 +97,7 @@ def test_velocity_and_gradients_are_those_of_diffusers_and_peft(family, plain, q
     expected.square().sum().backward()
 
     recipe = Lora(rank=RANK, alpha=RANK, backend=backend, targets="attention+ffn")
-    network = family.load("fp32", DEFAULT.name, stay)
+    network = family.load("fp32", DEFAULT.name, HERE)
     paths = recipe.match(linears_of(network), family.targets, family.aliases).paths
     adapters = recipe.attach(network, paths, (DEFAULT.name,), 0)
     adapters.load_state_dict(DEFAULT.name, {name: parameter.detach() for name, parameter in taught.items()})
@@ -180,11 +180,12 @@ def test_samples_are_taken_at_the_times_of_diffusers_pipeline(family, hunyuan_fo
 
 def test_recomputed_blocks_give_the_same_gradients(family, question):
     def learned(recompute: bool) -> dict[str, Tensor]:
-        engine = Single(device="cpu", precision="fp32", recompute=recompute).open()
-        network = family.load("fp32", DEFAULT.name, stay)
+        engine = Torch(device="cpu", precision="fp32", recompute=recompute).open()
+        network = family.load("fp32", DEFAULT.name, HERE)
         recipe = Lora(rank=RANK, backend="native", targets="attention")
         paths = recipe.match(linears_of(network), family.targets, family.aliases).paths
         adapters = recipe.attach(network, paths, (DEFAULT.name,), 0)
+        adapters.initialize()
         chance = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in adapters.parameters(DEFAULT.name).values():
@@ -218,9 +219,9 @@ def test_a_residual_beyond_fp16_stays_finite_and_equals_fp32(tmp_path, hunyuan_f
     plain.save_pretrained(made / "transformer")
 
     family = HunyuanVideo(source=str(made))
-    exact = family.forward(family.load("fp32", "default", stay), question)
+    exact = family.forward(family.load("fp32", "default", HERE), question)
     with torch.autocast("cpu", torch.float16):
-        ours = family.forward(family.load("fp16", "default", stay), question).float()
+        ours = family.forward(family.load("fp16", "default", HERE), question).float()
         theirs = family.forward(HunyuanVideoTransformer3DModel.from_pretrained(made / "transformer"), question)
     assert ours.isfinite().all() and not theirs.isfinite().all()
     assert_close(ours, exact, rtol=0, atol=0.01 * float(exact.abs().max()))
@@ -228,7 +229,7 @@ def test_a_residual_beyond_fp16_stays_finite_and_equals_fp32(tmp_path, hunyuan_f
 
 @torch.no_grad()
 def test_times_and_guidance_stay_fp32_under_bf16(family, plain, question):
-    network = family.load("bf16", "default", stay)
+    network = family.load("bf16", "default", HERE)
     seen = []
     network.time_text_embed.register_forward_hook(lambda module, args, output: seen.append(output[0]))
     with torch.autocast("cpu", torch.bfloat16):

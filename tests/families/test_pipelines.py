@@ -19,13 +19,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from tests.families.conftest import stay
 from weft.adapters.lora import Lora
 from weft.adapters.modules import linears_of
 from weft.contracts import Model
-from weft.engines.single import Single
+from weft.engines.torch_engine import Torch
 from weft.families.hunyuan_video import HunyuanVideo
 from weft.families.wan import Wan
+from weft.families.weights import HERE
 from weft.run.sampling import denoise
 from weft.run.shots import Shot, encoded
 
@@ -51,12 +51,12 @@ def shot(image: Path | None, guidance: float) -> Shot:
 @torch.no_grad()
 def sampled(family: Wan | HunyuanVideo, encoders: Any, asked: Shot) -> Tensor:
     """Latents of Weft's own sampler, its networks without adapters in use."""
-    networks = {expert.name: family.load("fp32", expert.name, stay) for expert in family.all_experts}
+    networks = {expert.name: family.load("fp32", expert.name, HERE) for expert in family.all_experts}
     network = nn.ModuleDict(networks) if len(networks) > 1 else next(iter(networks.values()))
     recipe = Lora(rank=2, backend="native", targets="to_q")
     first = next(iter(networks.values()))
     adapters = recipe.attach(first, recipe.match(linears_of(first), {}, {}).paths, ("unused",), 0)
-    engine = Single(device="cpu", precision="fp32").open()
+    engine = Torch(device="cpu", precision="fp32").open()
     told = encoded([asked], family, encoders)
     return denoise(Model(network, family, adapters), engine, [asked], told)
 

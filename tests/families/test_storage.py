@@ -217,6 +217,7 @@ def test_adapters_learn_on_packed_layers_as_on_their_decoded_weights(storage, ba
         paths = [path for path in linears_of(network) if path.startswith("blocks.")]
         assert len(paths) == 20
         adapters = Lora(rank=4, backend=backend).attach(network, paths, ["default"], seed=3)
+        adapters.initialize()
         parameters = adapters.parameters("default")
         assert {p.dtype for p in parameters.values()} == {torch.float32}
         with adapters.use("default"):

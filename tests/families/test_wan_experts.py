@@ -5,10 +5,10 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from tests.families.conftest import stay
 from weft.contracts import DEFAULT, Denoise, Expert
 from weft.errors import ConfigError
 from weft.families.wan import Wan
+from weft.families.weights import HERE
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_the_boundary_can_be_set(source):
 
 @pytest.mark.parametrize(("expert", "part"), [("high", "transformer"), ("low", "transformer_2")])
 def test_diffusers_transformer_is_the_expert_for_noisy_times(wan_folder, source, expert, part):
-    network = Wan(source=source, expert=expert).load("fp32", expert, stay)
+    network = Wan(source=source, expert=expert).load("fp32", expert, HERE)
     weights = load_file(wan_folder("experts") / part / "diffusion_pytorch_model.safetensors")
     for name in ("blocks.0.attn1.to_q.weight", "proj_out.weight"):
         assert torch.equal(network.get_parameter(name), weights[name])
@@ -49,7 +49,7 @@ def test_both_experts_answer_and_differ(source):
     family = Wan(source=source, expert="both")
     x = torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     question = Denoise(x, torch.tensor([0.9]), family.conditions(1, 2, 4, 4))
-    high, low = (family.forward(family.load("fp32", e.name, stay), question) for e in family.experts)
+    high, low = (family.forward(family.load("fp32", e.name, HERE), question) for e in family.experts)
     assert high.shape == low.shape == x.shape
     with pytest.raises(AssertionError):
         assert_close(high, low)
@@ -78,6 +78,6 @@ def test_the_identity_is_that_of_the_experts_that_are_trained(source):
 def test_each_expert_takes_as_many_bytes_as_its_file_says(source):
     family = Wan(source=source, expert="both")
     for expert in family.experts:
-        network = family.load("fp32", expert.name, stay)
+        network = family.load("fp32", expert.name, HERE)
         real = sum(t.nbytes for t in [*network.parameters(), *network.buffers()])
         assert sum(family.weight_bytes("fp32").values()) == real

@@ -19,7 +19,7 @@ from weft.families.files import Files
 from weft.families.loading import model_folder
 from weft.families.storage import PackedLinear
 from weft.families.wan import Wan
-from weft.families.weights import stay
+from weft.families.weights import HERE
 
 CPU = torch.device("cpu")
 SMALL = {"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960}  # Wan 2.1 T2V 1.3B
@@ -114,7 +114,7 @@ def test_a_network_without_safetensors_is_refused_and_pickles_are_not_read(own):
     weights = own / "transformer" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(ModelError, match=r"has no \.safetensors file"):
-        Wan(source=str(own)).load("fp32", "default", stay)
+        Wan(source=str(own)).load("fp32", "default", HERE)
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
@@ -123,7 +123,7 @@ def test_weights_that_were_cut_off_are_refused_by_their_size(own, part):
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(ModelError, match=rf"{weights.name}: cut off or padded"):
         family = Wan(source=str(own))
-        family.load("fp32", "default", stay)
+        family.load("fp32", "default", HERE)
         family.encoders(CPU, lambda module: module)
 
 
@@ -138,7 +138,7 @@ def test_a_shard_that_was_not_fetched_is_named(own):
     index = {"weight_map": {"a": "diffusion_pytorch_model.safetensors", "b": "shard-2.safetensors"}}
     (own / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelError, match=r"1 of its 2 files are not there, first shard-2\.safetensors"):
-        Wan(source=str(own)).load("fp32", "default", stay)
+        Wan(source=str(own)).load("fp32", "default", HERE)
 
 
 def test_a_source_without_a_scheduler_says_that_samples_need_it(own):
@@ -193,7 +193,7 @@ def question() -> Denoise:
 
 
 def velocity(family: Wan) -> torch.Tensor:
-    network = family.load("fp32", "default", stay)
+    network = family.load("fp32", "default", HERE)
     with torch.no_grad():
         return family.forward(network, question())
 
@@ -219,7 +219,7 @@ def test_an_fp8_file_in_place_of_the_transformer(tmp_path, dtype, packed):
     save_file(state, tmp_path / "wan_fp8_scaled.safetensors")
     folder = diffusers_folder(tmp_path / "diffusers")
     family = Wan(source=str(folder), dtype=dtype, files=Files(transformer=tmp_path / "wan_fp8_scaled.safetensors"))
-    network = family.load("bf16", "default", stay)
+    network = family.load("bf16", "default", HERE)
     assert sum(isinstance(module, PackedLinear) for module in network.modules()) == packed
     held = sum(t.numel() * t.element_size() for t in [*network.parameters(), *network.buffers()])
     assert sum(family.weight_bytes("bf16").values()) == held

@@ -6,10 +6,10 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.families.conftest import stay
 from weft.contracts import Denoise
 from weft.errors import ConfigError
 from weft.families.wan import Wan
+from weft.families.weights import HERE
 
 CPU = torch.device("cpu")
 T = torch.tensor([0.8333, 0.00042])  # 833.3 and 0.42: neither is a whole timestep
@@ -37,13 +37,13 @@ def test_the_velocity_is_the_networks_answer_at_1000_t_with_text_zero_padded_to_
     family = Wan(source=str(folder), text_length=512)
     text = torch.cat([question.cond["text"], torch.zeros(2, 507, 128)], 1)
     expected = asked(plain_network, question.x, torch.tensor([833.3, 0.42]), text)
-    network = family.load("fp32", "default", stay)
+    network = family.load("fp32", "default", HERE)
     assert_close(family.forward(network, question), expected, rtol=1e-5, atol=1e-6)  # 1000 * 0.8333 is rounded once
 
 
 @torch.no_grad()
 def test_a_timestep_is_not_truncated_to_a_whole_number(wan, question):
-    network, seen = wan.load("fp32", "default", stay), []
+    network, seen = wan.load("fp32", "default", HERE), []
     network.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["timestep"]), with_kwargs=True)
     wan.forward(network, question)
     assert seen[0].dtype == torch.float32
@@ -53,14 +53,14 @@ def test_a_timestep_is_not_truncated_to_a_whole_number(wan, question):
 @torch.no_grad()
 def test_padding_is_attended_to_and_not_masked(wan, plain_network, question):
     """64 tokens of which 59 are zeros draw attention away from the 5 that are not."""
-    padded = wan.forward(wan.load("fp32", "default", stay), question)
+    padded = wan.forward(wan.load("fp32", "default", HERE), question)
     bare = asked(plain_network, question.x, 1000 * question.t, question.cond["text"])
     assert (padded - bare).abs().max() > 1e-3
 
 
 @torch.no_grad()
 def test_text_that_is_cached_at_its_own_length_or_padded_in_a_batch_is_the_same_text(wan, question):
-    network = wan.load("fp32", "default", stay)
+    network = wan.load("fp32", "default", HERE)
     text = torch.cat([question.cond["text"], torch.zeros(2, 9, 128)], 1)
     longer = Denoise(question.x, question.t, {"text": text})
     assert torch.equal(wan.forward(network, question), wan.forward(network, longer))
@@ -74,11 +74,11 @@ def test_text_is_512_tokens_long_unless_the_tokenizer_ends_before(own):
 
 
 def test_frozen_weights_lie_in_the_engines_precision_or_in_the_one_that_is_asked_for(folder):
-    network = Wan(source=str(folder)).load("bf16", "default", stay)
+    network = Wan(source=str(folder)).load("bf16", "default", HERE)
     assert network.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
     assert {p.dtype for p in network.condition_embedder.parameters()} == {torch.float32}
     assert not any(p.requires_grad for p in network.parameters())
-    full = Wan(source=str(folder), dtype="fp32").load("bf16", "default", stay)
+    full = Wan(source=str(folder), dtype="fp32").load("bf16", "default", HERE)
     assert full.blocks[0].attn1.to_q.weight.dtype == torch.float32
 
 

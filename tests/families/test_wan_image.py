@@ -11,11 +11,11 @@ from PIL import Image
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.families.conftest import stay
 from weft.contracts import Denoise
 from weft.errors import ConfigError, ModelError
 from weft.families.wan import Wan
 from weft.families.wan_network import with_image
+from weft.families.weights import HERE
 
 CPU = torch.device("cpu")
 FRAMES, HEIGHT, WIDTH = 9, 32, 48  # of pixels; latents are 3 x 4 x 6
@@ -47,7 +47,7 @@ def pipeline_of(family: Wan, encoders) -> WanImageToVideoPipeline:
     return WanImageToVideoPipeline(
         tokenizer=None, text_encoder=None, vae=encoders.vae, scheduler=None,
         image_processor=eyes.processor if eyes else None, image_encoder=eyes.model if eyes else None,
-        transformer=family.load("fp32", "default", stay),
+        transformer=family.load("fp32", "default", HERE),
     )  # fmt: skip
 
 
@@ -119,7 +119,7 @@ def test_a_text_to_video_model_is_told_nothing_of_a_first_frame(wan, pixels):
 
 @torch.no_grad()
 def test_the_velocity_is_the_networks_answer_to_36_channels(family, question):
-    network = family.load("fp32", "default", stay)
+    network = family.load("fp32", "default", HERE)
     plain = WanTransformer3DModel.from_pretrained(f"{family.source}/transformer")
     mask = torch.zeros(2, 4, 3, 4, 6)
     mask[:, :, 0] = 1
@@ -134,7 +134,7 @@ def test_the_velocity_is_the_networks_answer_to_36_channels(family, question):
 
 @torch.no_grad()
 def test_each_item_of_a_batch_has_its_own_picture(family, question):
-    network = family.load("fp32", "default", stay)
+    network = family.load("fp32", "default", HERE)
     both = family.forward(network, question)
     for i in range(2):
         part = slice(i, i + 1)

@@ -9,11 +9,11 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from tests.families.conftest import stay
 from weft.adapters.lora import Lora
 from weft.adapters.modules import linears_of
 from weft.contracts import DEFAULT, Denoise, Model
 from weft.families.wan import Wan
+from weft.families.weights import HERE
 
 RANK = 4
 KINDS = ["t2v", "i2v21", "i2v22", "ti2v"]
@@ -72,7 +72,7 @@ def learned_plainly(family: Wan, question: Denoise) -> tuple[Tensor, dict[str, T
 def test_velocity_and_gradients_are_those_of_diffusers_and_peft(family, question, backend):
     velocity, weights, gradients = learned_plainly(family, question)
     recipe = Lora(rank=RANK, alpha=RANK, backend=backend, targets="attention+ffn")
-    network = family.load("fp32", DEFAULT.name, stay)
+    network = family.load("fp32", DEFAULT.name, HERE)
     report = recipe.match(linears_of(network), family.targets, family.aliases)
     assert len(report.paths) == (12 if family.has_eyes else 10) * 2
     adapters = recipe.attach(network, report.paths, (DEFAULT.name,), 0)

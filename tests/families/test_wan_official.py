@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.families.conftest import stay
 from tests.families.official_wan import Sizes, random_weights, velocity
 from weft.contracts import Denoise
 from weft.families.wan import Wan
+from weft.families.weights import HERE
 
 KINDS = {
     "t2v": Sizes(),
@@ -59,7 +59,7 @@ def test_the_velocity_is_what_the_formulas_give_on_the_official_weights(kind, tm
         random_weights(sizes), sizes, stacked, 1000 * T[:, None].expand(2, 18), question.cond["text"],
         question.cond.get("clip"),
     )  # fmt: skip
-    ours = family.forward(family.load("fp32", "default", stay), question)
+    ours = family.forward(family.load("fp32", "default", HERE), question)
     # Angles up to 833 radians, in fp32 in diffusers, in fp64 in the formulas.
     assert_close(ours, expected, rtol=1e-4, atol=5e-5)
 
@@ -73,7 +73,7 @@ def test_a_clean_frame_is_at_time_0_in_the_formulas_too(tmp_path):
     times = torch.stack([torch.tensor([0, 833.3, 833.3]), torch.tensor([20.0, 20, 20])]).repeat_interleave(6, 1)
     expected = velocity(random_weights(sizes), sizes, x, times, question.cond["text"])
     assert family.image == "frames"
-    ours = family.forward(family.load("fp32", "default", stay), Denoise(x, T, question.cond, given))
+    ours = family.forward(family.load("fp32", "default", HERE), Denoise(x, T, question.cond, given))
     assert_close(ours, expected, rtol=1e-4, atol=5e-5)
 
 
@@ -86,7 +86,7 @@ def test_each_official_expert_is_the_network_in_its_own_folder(tmp_path):
     assert [(e.name, e.times) for e in family.experts] == [("high", (0.875, 1.0)), ("low", (0.0, 0.875))]
     question, x = asked(sizes)
     for seed, expert in enumerate(family.experts):
-        network = family.load("fp32", expert.name, stay)
+        network = family.load("fp32", expert.name, HERE)
         expected = velocity(
             random_weights(sizes, seed), sizes, x, 1000 * T[:, None].expand(2, 18), question.cond["text"]
         )
@@ -102,4 +102,4 @@ def test_a_single_file_with_comfyuis_prefix_is_the_same_network(tmp_path):
     family = Wan(source=str(file), text_length=512)
     question, x = asked(sizes)
     expected = velocity(random_weights(sizes), sizes, x, 1000 * T[:, None].expand(2, 18), question.cond["text"])
-    assert_close(family.forward(family.load("fp32", "default", stay), question), expected, rtol=1e-4, atol=5e-5)
+    assert_close(family.forward(family.load("fp32", "default", HERE), question), expected, rtol=1e-4, atol=5e-5)

@@ -8,11 +8,11 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from tests.families.conftest import stay
 from weft.contracts import Denoise
 from weft.families.precision import keep_fp32
 from weft.families.wan import Wan
 from weft.families.wan_network import keeps_fp32
+from weft.families.weights import HERE
 from weft.math.flow import network_timestep
 
 
@@ -40,7 +40,7 @@ def test_the_time_embedding_stays_fp32_under_bf16_autocast(wan, plain_network):
     timestep, text = torch.tensor([833.3]), torch.randn(1, 64, 128, generator=torch.Generator().manual_seed(0))
     exact = plain_network.condition_embedder(timestep, text)[:2]
     with torch.autocast("cpu", torch.bfloat16):
-        ours = wan.load("bf16", "default", stay).condition_embedder(timestep, text.bfloat16())[:2]
+        ours = wan.load("bf16", "default", HERE).condition_embedder(timestep, text.bfloat16())[:2]
         without = plain_network.to(torch.bfloat16).condition_embedder(timestep.bfloat16(), text.bfloat16())[:2]
     for kept, expected, lost in zip(ours, exact, without, strict=True):  # the embedding, and its projection
         assert kept.dtype == torch.float32
@@ -66,7 +66,7 @@ def test_a_module_kept_in_fp32_takes_half_precision_and_answers_as_in_fp32():
 def test_what_diffusers_keeps_in_fp32_is_kept_and_linears_in_blocks_are_not(wan, folder, precision):
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     theirs = WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=dtype)
-    ours = dict(wan.load(precision, "default", stay).named_parameters())
+    ours = dict(wan.load(precision, "default", HERE).named_parameters())
     wide = {name for name, parameter in ours.items() if parameter.dtype == torch.float32}
     assert {name for name, parameter in theirs.named_parameters() if parameter.dtype == torch.float32} <= wide
     assert wide == {name for name in ours if keeps_fp32(name)}
@@ -98,8 +98,8 @@ def overflowing(own, plain_network) -> str:
 
 def test_a_residual_beyond_fp16_stays_finite_and_equals_fp32(overflowing, question):
     family = Wan(source=overflowing)
-    exact = answered(family, family.load("fp32", "default", stay), question, torch.float32)
-    ours = answered(family, family.load("fp16", "default", stay), question, torch.float16)
+    exact = answered(family, family.load("fp32", "default", HERE), question, torch.float32)
+    ours = answered(family, family.load("fp16", "default", HERE), question, torch.float16)
     assert ours.isfinite().all()
     # Embeddings are rounded to a part in 2^11, of what is then normed and multiplied in fp16.
     assert_close(ours, exact, rtol=0, atol=0.01 * float(exact.abs().max()))
@@ -109,7 +109,7 @@ def test_a_residual_beyond_fp16_stays_finite_and_equals_fp32(overflowing, questi
 
 @pytest.mark.parametrize(("dtype", "residual"), [(torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)])
 def test_the_residual_is_fp32_under_fp16_and_half_as_large_under_bf16(wan, question, dtype, residual):
-    network = wan.load({torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype], "default", stay)
+    network = wan.load({torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype], "default", HERE)
     seen = []
     for block in network.blocks:
         block.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
@@ -121,8 +121,8 @@ def test_the_residual_is_fp32_under_fp16_and_half_as_large_under_bf16(wan, quest
     ("bf16", torch.bfloat16, 0.03), ("fp16", torch.float16, 0.005),
 ])  # fmt: skip
 def test_half_precision_answers_as_fp32_to_its_own_rounding(wan, question, precision, dtype, tolerance):
-    exact = answered(wan, wan.load("fp32", "default", stay), question, torch.float32)
-    ours = answered(wan, wan.load(precision, "default", stay), question, dtype)
+    exact = answered(wan, wan.load("fp32", "default", HERE), question, torch.float32)
+    ours = answered(wan, wan.load(precision, "default", HERE), question, dtype)
     assert (ours - exact).abs().max() < tolerance * exact.abs().max()
 
 
@@ -130,10 +130,10 @@ def test_half_precision_answers_as_fp32_to_its_own_rounding(wan, question, preci
 def test_packed_weights_answer_nearly_as_they_were(folder, question, storage):
     """A block of 64 numbers loses at most a part in 2^4 (fp8) or 2 * 127 (int8) of its largest."""
     plain = Wan(source=str(folder))
-    exact = answered(plain, plain.load("fp32", "default", stay), question, torch.float32)
+    exact = answered(plain, plain.load("fp32", "default", HERE), question, torch.float32)
     family = Wan(source=str(folder), dtype=storage)
     assert family.weight_dtype("fp32") == "fp32"
-    network = family.load("fp32", "default", stay)
+    network = family.load("fp32", "default", HERE)
     packed = answered(family, network, question, torch.float32)
     difference = (packed - exact).abs().max() / exact.abs().max()
     assert 0 < difference < 0.1
@@ -144,7 +144,7 @@ def test_packed_weights_answer_nearly_as_they_were(folder, question, storage):
 
 def test_gradients_reach_the_input_of_the_network_through_the_fp32_parts(wan, question):
     """Under recomputation and under fp16, an adapter in the first block learns from what the last one says."""
-    network = wan.load("fp16", "default", stay)
+    network = wan.load("fp16", "default", HERE)
     x = question.x.clone().requires_grad_()
     with torch.autocast("cpu", torch.float16):
         wan.forward(network, Denoise(x, question.t, question.cond)).float().square().sum().backward()

@@ -6,10 +6,10 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.families.conftest import stay
 from weft.contracts import Denoise
 from weft.families.wan import Wan
 from weft.families.wan_network import token_timesteps
+from weft.families.weights import HERE
 
 CPU = torch.device("cpu")
 T = torch.tensor([0.8333, 0.25, 0.5])
@@ -22,7 +22,7 @@ def family(wan_folder) -> Wan:
 
 @pytest.fixture(scope="module")
 def network(family):
-    return family.load("fp32", "default", stay)
+    return family.load("fp32", "default", HERE)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from tests.families import networks, official
+from weft.contracts import Berth
 from weft.errors import ModelError
 from weft.families.names_wan import transformer
 from weft.families.pieces import unchanged
@@ -92,12 +94,44 @@ def test_each_tensor_is_put_with_the_number_of_its_block(tmp_path: Path):
         return tensor
 
     network = empty(wanted)
-    fill(network, list(network.blocks), source(tmp_path, wanted.state_dict()), Form("fp32"), put)
+    fill(network, list(network.blocks), source(tmp_path, wanted.state_dict()), Form("fp32"), Berth(put))
     by_block = {b: sum(n for block, _, n in seen if block == b) for b in (None, 0, 1, 2)}
     one = sum(p.numel() for p in wanted.blocks[1].parameters())
     assert by_block[0] == by_block[1] == by_block[2] == one
     assert by_block[None] == sum(p.numel() for p in wanted.parameters()) - 3 * one
     assert {blocks for _, blocks, _ in seen} == {3}
+
+
+@pytest.mark.parametrize("storage", ["plain", "fp8", "int8"])
+@pytest.mark.parametrize("stored", ["plain", "fp8 scaled"])
+def test_a_process_without_files_is_filled_by_what_another_reads(tmp_path: Path, stored: str, storage: str):
+    """Sent is each tensor as it lies in its file, and both ask in one order for the shapes and dtypes that come."""
+    wanted = networks.wan(channels=36)
+    state = official.wan_transformer(wanted.state_dict())
+    if stored == "fp8 scaled":
+        state = scaled_fp8(state, ".scale_weight", SCALES["blocks"])
+    from_files = source(tmp_path, state, transformer)
+    sent: list[tuple[Tensor, tuple[int, ...], torch.dtype]] = []
+
+    def reads(read: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        sent.append((read(), shape, dtype))
+        return sent[-1][0].clone()
+
+    def receives(read: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        tensor, *form = sent.pop(0)
+        assert form == [shape, dtype] == [tuple(tensor.shape), tensor.dtype]
+        return tensor
+
+    form = Form("bf16", storage)
+    filled = [empty(wanted), empty(wanted)]
+    for network, read in zip(filled, (reads, receives), strict=True):
+        fill(network, list(network.blocks), from_files, form, Berth(read=read))
+    assert not sent
+    alone = empty(wanted)
+    fill(alone, list(alone.blocks), from_files, form)
+    for network in filled:
+        for name, tensor in alone.state_dict().items():
+            assert torch.equal(network.state_dict()[name].view(torch.uint8), tensor.view(torch.uint8)), name
 
 
 def test_what_must_stay_in_fp32_does_and_the_rest_is_cast(tmp_path: Path):
@@ -272,6 +306,7 @@ from pathlib import Path
 import torch
 from diffusers import WanTransformer3DModel
 from weft.families.pieces import unchanged
+from weft.contracts import Berth
 from weft.families.stored import WeightFiles
 from weft.families.weights import Form, Source, bare, fill
 
@@ -282,9 +317,9 @@ folder, storage, away = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "away"
 config = json.loads((folder / "config.json").read_text())
 network = bare(lambda: WanTransformer3DModel.from_config(config))
 source = Source.open(WeightFiles(tuple(sorted(folder.glob("*.safetensors")))), unchanged, "weights")
-put = (lambda tensor, block, blocks: tensor.to("meta")) if away else (lambda tensor, block, blocks: tensor)
+berth = Berth(lambda tensor, block, blocks: tensor.to("meta")) if away else Berth()
 before = max(resident(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-fill(network, list(network.blocks), source, Form("bf16", storage), put)
+fill(network, list(network.blocks), source, Form("bf16", storage), berth)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps({"above": peak - before, "held": sum(t.numel() * t.element_size() for t in network.parameters())}))
 """

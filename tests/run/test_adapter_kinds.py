@@ -7,8 +7,9 @@ from tests.small import config_of
 from weft.cli.sample import run as sample
 from weft.errors import ConfigError
 from weft.formats.reading import read_adapter
+from weft.run.checks import check
 from weft.run.plan import plan
-from weft.run.start import check, train_run
+from weft.run.start import train_run
 
 SIZE = ["--frames", "5", "--width", "32", "--height", "32", "--steps", "1", "--prompt", "x"]
 KINDS = {

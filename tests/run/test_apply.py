@@ -9,7 +9,8 @@ from tests.small import config_of, merged
 from weft.cli.sample import run as sample
 from weft.errors import ConfigError, ModelError
 from weft.formats.reading import read_adapter
-from weft.run.start import check, train_run
+from weft.run.checks import check
+from weft.run.start import train_run
 
 ONE_STEP = {"schedule": {"steps": 1, "warmup": 0}, "validation": {"every": 0}}
 

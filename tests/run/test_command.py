@@ -99,7 +99,7 @@ def test_every_fault_of_a_config_is_told_at_once_without_torch(config):
 def test_what_a_plan_can_know_is_refused_before_weights_are_read(plain, change, told):
     from tests.small import config_of
     from weft.errors import WeftError
-    from weft.run.start import check
+    from weft.run.checks import check
 
     with pytest.raises(WeftError, match=told):
         check(config_of(plain, **change))

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from tests.learners import learner_of, small_config
 from tests.run.large import large_wan
 from tests.small import WIDTH, make_hunyuan, make_wan
-from weft.contracts import Denoise
+from weft.contracts import Berth, Denoise
 from weft.data.buckets import Bucket
 from weft.engines.residency import Residence, frozen_by_block
 from weft.errors import ConfigError
@@ -200,7 +200,7 @@ def test_the_adapter_costs_its_weights_gradients_moments_and_average_in_fp32(wor
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_weights_count_what_the_loaded_network_takes(world, tmp_path, precision):
     config = small_config(tmp_path, world / "model", engine={"precision": precision})
-    network = config.family.load(precision, "default", lambda tensor, block, blocks: tensor)
+    network = config.family.load(precision, "default", Berth())
     numbers = sum(t.nbytes for t in [*network.parameters(), *network.buffers()])
     assert estimate(config, [SMALL], 0)[SMALL].weights == numbers
 

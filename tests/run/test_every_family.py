@@ -18,10 +18,11 @@ from weft.data.media import probe_video
 from weft.errors import ConfigError
 from weft.events import Event, Incident, StepEnded
 from weft.formats.reading import read_adapter
+from weft.run.checks import check
 from weft.run.config import RunConfig
 from weft.run.listeners import read_steps
 from weft.run.plan import plan
-from weft.run.start import check, fill_cache, train_run
+from weft.run.start import fill_cache, train_run
 
 STEPS = 10
 REAL = Path(__file__).parents[3] / "shared" / "data" / "videos"

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.small import config_of
+from weft.engines.single_device import SingleEngine
 from weft.engines.visible import PROCESS_NUMBER
 from weft.events import Evaluated, Incident, PhaseStarted, RunEnded, RunStarted, StepEnded
 from weft.run import gpu_log
@@ -171,7 +172,7 @@ def test_the_log_of_a_dead_process_on_another_gpu_goes_and_that_of_a_living_one_
     for number, facts in ((0, {**alive, "pid": ended.pid, "born": "1"}), (1, alive), (2, {**alive, "host": "far"})):
         (tmp_path / f"training_gpu{number}.json").write_text(json.dumps(facts))
     monkeypatch.setenv(PROCESS_NUMBER, "3")
-    open_gpu_log(tmp_path, torch.device("cpu"))
+    open_gpu_log(tmp_path, SingleEngine(torch.device("cpu"), "fp32"))
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"training_gpu{n}.json" for n in (1, 2, 3)]
     assert read(tmp_path / "training_gpu3.json")["gpu"]["number"] == 3
 

@@ -12,7 +12,8 @@ import torch
 
 from tests.small import config_of
 from weft.errors import RunError
-from weft.run.checkpoint import list_checkpoints, read_checkpoint
+from weft.run.checkpoint import read_checkpoint, whole_state
+from weft.run.checkpoint_folders import list_checkpoints
 from weft.run.config import RunConfig
 from weft.run.listeners import read_steps
 from weft.run.start import train_run
@@ -43,7 +44,7 @@ def flat(tree: Any, place: str = "") -> dict[str, Any]:
 
 def assert_same_run(one: Path, other: Path) -> None:
     """Same final state (adapters, optimizer, averages, chance, position), same losses, same data order."""
-    first, second = (flat(read_checkpoint(list_checkpoints(run)[-1])[0]) for run in (one, other))
+    first, second = (flat(whole_state(read_checkpoint(list_checkpoints(run)[-1]))) for run in (one, other))
     assert first.keys() == second.keys()
     for name, value in first.items():
         if isinstance(value, torch.Tensor):
@@ -166,7 +167,7 @@ def test_a_changed_config_is_refused_with_its_differences(started, plain):
     with pytest.raises(RunError, match=r"optimizer\.lr: 0\.001 -> 0\.002") as refused:
         train_run(config_of(plain, optimizer={"lr": 2e-3}, data={"batch_size": 1}), silent)
     assert "data.batch_size: 2 -> 1" in str(refused.value)
-    assert "resume_allow=[data.batch_size,optimizer.lr]" in str(refused.value)
+    assert "resume_allow=[data.batch_size,inputs.items_per_step,optimizer.lr]" in str(refused.value)
 
 
 def test_a_change_that_no_state_fits_is_not_offered(started, plain):
@@ -181,7 +182,7 @@ def test_other_clips_or_another_model_are_a_change_too(started, plain, tmp_path)
     make_clips(tmp_path / "clips")
     for number in (0, 1):  # one of the two may be held out
         (tmp_path / "clips" / f"{number}.txt").write_text("another caption")
-    with pytest.raises(RunError, match=r"inputs\.clips"):
+    with pytest.raises(RunError, match=r"inputs\.data"):
         others = {"sources": [{"path": str(tmp_path / "clips")}]}
         train_run(config_of(plain, data=others, resume_allow=["data"]), silent)
     make_wan(tmp_path / "model", layers=1)
@@ -221,12 +222,13 @@ def test_how_often_to_save_may_change_without_being_asked(plain):
     assert train_run(config_of(plain, save={"every": 1}), silent).finished
 
 
-@pytest.mark.parametrize("name", ["state.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("name", ["tensors/*", "state.safetensors", "state.json", "manifest.json"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(started, plain, name):
     newest = list_checkpoints(started.folder)[-1]
-    content = bytearray((newest / name).read_bytes())
+    (damaged,) = newest.glob(name)
+    content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
-    (newest / name).write_bytes(bytes(content))
+    damaged.write_bytes(bytes(content))
     (started.folder / "adapter" / "adapter_config.json").unlink()
     before = read_steps(started.folder / "events.rank0.jsonl")
     assert train_run(started, silent).finished

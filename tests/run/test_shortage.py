@@ -13,8 +13,9 @@ import torch
 from tests.learners import small_config
 from tests.small import config_of, make_clips
 from weft.errors import RunError
+from weft.run.checks import check
 from weft.run.shortage import OutOfMemory, explained, is_shortage, naming
-from weft.run.start import check, fill_cache, train_run
+from weft.run.start import fill_cache, train_run
 
 CPU = torch.device("cpu")
 REAL = """

@@ -55,7 +55,7 @@ class DownTwice(nn.Module):
     def __init__(self, product: Product, weight: nn.Parameter) -> None:
         super().__init__()
         self.weight = weight
-        self.register_buffer("first", torch.zeros_like(weight))
+        self.register_buffer("first", weight.detach().clone())
         self.multiply = product.down
         self.ranks = 1 if product.is_conv else -1
 
@@ -71,7 +71,7 @@ class UpApart(nn.Module):
     def __init__(self, product: Product, weight: nn.Parameter) -> None:
         super().__init__()
         self.weight = weight
-        self.register_buffer("first", torch.zeros_like(weight))
+        self.register_buffer("first", weight.detach().clone())
         self.multiply = product.up
         self.ranks = 1 if product.is_conv else -1
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
-from peft.functional import cast_adapter_dtype, inject_adapter_in_model
+from peft.functional import inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from weft.adapters.modules import layers_at
-from weft.adapters.named import NamedAdapters
+from weft.adapters.named import UNSET, NamedAdapters
 from weft.adapters.recipe import Recipe
 from weft.errors import ModelError
 
@@ -31,13 +31,12 @@ class PeftAdapters(NamedAdapters):
         layers = layers_at(network, paths)
         super().__init__(recipe, tuple(layers), names, seed)
         recipe.check_layers(layers)
-        # PEFT draws first values that `initialize` replaces; the run's own chance must not notice.
+        # Made without numbers: the base's weights may not be there yet, of which DoRA's magnitudes would be computed.
+        # What PEFT draws all the same must not be noticed by the run's own chance.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several names are meant
             for name in self.names:
-                inject_adapter_in_model(recipe.peft_config(layers), network, adapter_name=name)
-                # Injection takes over the base's dtype; in bf16 a small learning rate would move nothing.
-                cast_adapter_dtype(network, name)
+                inject_adapter_in_model(recipe.peft_config(layers), network, adapter_name=name, low_cpu_mem_usage=True)
         self.layers = _wrappers_at(network, self.paths)
         network.requires_grad_(False)
         for wrapper in self.layers.values():
@@ -46,15 +45,16 @@ class PeftAdapters(NamedAdapters):
             wrapper.train(base.training)
             if not recipe.keeps_dtype:
                 KeepDtype().watch(base, wrapper)
+            for module in _inside(wrapper, recipe.tensors):
+                _give_memory(module, next(base.parameters()).device)
         for name in self.names:
             recipe.complete(self.layers, name)
-            for parameter in self.parameters(name).values():
-                parameter.requires_grad_(True)
-        self._trained = [parameter for name in self.names for parameter in self.parameters(name).values()]
+        # Modules and the names of their parameters, not parameters: engines replace those.
+        holders = [module for wrapper in self.layers.values() for module in _inside(wrapper, recipe.tensors)]
+        self._trained = [(module, key) for module in holders for key, _ in module.named_parameters(recurse=False)]
         self.in_use: str | None = self.names[-1]
         self.wanted: str | None = None
         self._switch(None)
-        self.initialize()
         network.register_forward_pre_hook(self._before_forward)
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
@@ -94,14 +94,15 @@ class PeftAdapters(NamedAdapters):
             return
         # PEFT's calls also freeze whatever is not in use. A parameter that is frozen while its graph waits for the
         # backward pass loses its gradient without an error, so the flags are put back.
-        flags = [parameter.requires_grad for parameter in self._trained]
+        trained = [module.get_parameter(key) for module, key in self._trained]
+        flags = [parameter.requires_grad for parameter in trained]
         for layer in self.layers.values():
             # Each of these calls walks over all weights of a layer, so only what changes is called.
             if name is not None and layer.active_adapters != [name]:
                 layer.set_adapter(name)
             if layer.disable_adapters != (name is None):
                 layer.enable_adapters(name is not None)
-        for parameter, flag in zip(self._trained, flags, strict=True):
+        for parameter, flag in zip(trained, flags, strict=True):
             parameter.requires_grad_(flag)
         self.in_use = name
 
@@ -145,6 +146,21 @@ def without_chance(wrappers: Mapping[str, nn.Module]) -> None:
 
 def _rest(wrapper: nn.Module, inputs: object) -> None:
     wrapper.training = False  # its own flag alone; layers inside keep theirs
+
+
+def _inside(wrapper: nn.Module, kinds: Sequence[str]) -> list[nn.Module]:
+    """The modules of a wrapper that hold tensors of its adapters."""
+    return [module for kind in kinds for module in wrapper.get_submodule(kind).modules()]
+
+
+def _give_memory(module: nn.Module, device: torch.device) -> None:
+    """Real parameters, in fp32: in a base's bf16 a small learning rate would move nothing. Buffers have numbers."""
+    for key, parameter in module.named_parameters(recurse=False):
+        assert parameter.is_meta
+        empty = torch.full(parameter.shape, UNSET, device=device, dtype=torch.float32)
+        module._parameters[key] = nn.Parameter(empty)
+    for key, buffer in module.named_buffers(recurse=False):
+        module._buffers[key] = buffer.to(device)
 
 
 def _named(name: str, tensors: Tensor | nn.Module) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from weft.adapters.initial import initial_magnitude, kaiming, principal_factors
 from weft.adapters.lora import Lora
 from weft.adapters.modules import dense_weight
 from weft.math.lowrank import delta_norm, norm_ratio
+from weft.math.sharded import held, whole
 
 A, B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 # PiSSA's first factors. They are part of the saved state, for a decomposition repeated on another device or by another
@@ -101,10 +102,10 @@ def shrink(recipe: Lora, paths: Sequence[str], parameters: Mapping[str, nn.Param
     for path in paths:
         a, b = parameters[path + A], parameters[path + B]
         _, scale = recipe.width(a.dim() > 2)
-        norm = delta_norm(a.flatten(1), b.flatten(1), scale)
+        norm = delta_norm(whole(a).flatten(1), whole(b).flatten(1), scale)
         ratio = norm_ratio(norm, recipe.max_norm)
-        a.mul_(ratio.sqrt())
-        b.mul_(ratio.sqrt())
+        held(a).mul_(ratio.sqrt())
+        held(b).mul_(ratio.sqrt())
         norms.append(norm * ratio)
         ratios.append(ratio)
     # One transfer to the host for the whole network.

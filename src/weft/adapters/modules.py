@@ -1,11 +1,13 @@
 """The layers of a network that adapters can stand on: names and shapes, and the modules behind the names."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 
 import torch
 from torch import Tensor, nn
 
 from weft.errors import ModelError, did_you_mean
+from weft.math.sharded import whole
 
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 READABLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -52,18 +54,29 @@ def layers_at(network: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:
 
 def rows_are_readable(layer: nn.Module) -> bool:
     """Whether the weight is plain numbers, (out, in) or a kernel, rather than packed or quantized codes."""
-    weight = layer.weight
-    shape = (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else None
-    return isinstance(weight, Tensor) and weight.dtype in READABLE and shape in (None, tuple(weight.shape))
+    shape, dtype = form_of_weight(layer)
+    expected = (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else shape
+    return dtype in READABLE and shape == expected
+
+
+def form_of_weight(layer: nn.Module) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of a layer's weight. One that is decoded whenever it is asked for is decoded without numbers:
+    while a network is read there may be none yet."""
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        weight = _with(layer, lambda tensor: tensor.to("meta")).weight
+    assert isinstance(weight, Tensor)
+    return tuple(weight.shape), weight.dtype
 
 
 @torch.no_grad()
 def dense_weight(layer: nn.Module, inputs: int = 1024) -> Tensor:
-    """The weight (out, in) in fp32, of a convolution (out, in * kernel).
+    """The weight (out, in) in fp32, of a convolution (out, in * kernel). Of a sharded layer every process must ask.
 
     A layer whose weight is packed or quantized is asked for unit vectors, so many inputs at a time: its answers are the
     columns of what it multiplies with, whatever the storage.
     """
+    layer = _with(layer, whole)
     if rows_are_readable(layer):
         weight = layer.weight
         assert isinstance(weight, Tensor)
@@ -78,6 +91,16 @@ def dense_weight(layer: nn.Module, inputs: int = 1024) -> Tensor:
     return torch.cat(columns, 1)
 
 
+def _with(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy of a layer whose own parameters are changed; it shares all else with it."""
+    twin = copy(layer)
+    twin._parameters = dict(layer._parameters)
+    for name, parameter in layer._parameters.items():
+        if parameter is not None and (changed := change(parameter)) is not parameter:
+            twin._parameters[name] = nn.Parameter(changed, requires_grad=False)
+    return twin
+
+
 def _is_plain(layer: nn.Conv2d | nn.Conv3d) -> bool:
     undilated = all(step == 1 for step in layer.dilation)
     return layer.groups == 1 and undilated and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
@@ -86,7 +109,7 @@ def _is_plain(layer: nn.Conv2d | nn.Conv3d) -> bool:
 def refuse_packed(kind: str, layers: Mapping[str, nn.Module]) -> None:
     """Raises ModelError for a layer whose weight has not the shape of what it multiplies with."""
     for path, layer in layers.items():
-        if isinstance(layer, nn.Linear) and tuple(layer.weight.shape) != (layer.out_features, layer.in_features):
+        if isinstance(layer, nn.Linear) and form_of_weight(layer)[0] != (layer.out_features, layer.in_features):
             raise ModelError(
                 f"adapter.kind: {kind} cannot stand on '{path}', whose weight is packed ({type(layer).__name__}): PEFT "
                 "takes the shape of the change from it. Use adapter.kind=lora or oft, or another family.dtype."

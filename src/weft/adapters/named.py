@@ -11,11 +11,15 @@ from torch import Tensor, nn
 from weft.adapters.initial import chance_of
 from weft.adapters.recipe import Recipe
 from weft.errors import ModelError, did_you_mean
+from weft.math.sharded import fill, whole
+
+UNSET = float("nan")  # what adapters hold before their first values: a loss then tells that they were forgotten
 
 
 class NamedAdapters(ABC):
     """Named adapters on the layers of one network; the base is frozen, adapter weights are fp32 masters.
 
+    They have no values until `initialize` or `load_state_dict` gives them some: UNSET shows whoever asks before that.
     Outside `use` the base answers alone. A backward pass belongs inside `use`, for checkpointed blocks run their
     forward a second time there.
     """
@@ -45,18 +49,17 @@ class NamedAdapters(ABC):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Give every adapter its first values: again after a network that stood on the meta device got its weights."""
+        """Give every adapter its first values, once the network stands where it trains. Every process draws them whole
+        and keeps its part; those that come of a sharded base are made of one whole layer at a time."""
         for name in self.names:
             for path, own in self._by_path({**self.parameters(name), **self.fixed(name)}).items():
-                if any(tensor.is_meta for tensor in own.values()):
-                    continue
                 first = self.recipe.first_values(
                     partial(self._chance, name, path),
                     {end: tensor.shape for end, tensor in own.items()},
                     self.base_layer(path),
                 )
                 for end, tensor in own.items():
-                    tensor.copy_(first[end])
+                    fill(tensor, first[end])
 
     def _chance(self, name: str, path: str, end: str) -> torch.Generator:
         return chance_of(self.seed, name, path + end)
@@ -74,18 +77,19 @@ class NamedAdapters(ABC):
         return found
 
     def state_dict(self, name: str) -> dict[str, Tensor]:
-        """Canonical name -> tensor, detached; it shares memory with the adapter's, as torch's does."""
-        return {key: tensor.detach() for key, tensor in {**self.parameters(name), **self.fixed(name)}.items()}
+        """Canonical name -> whole tensor, detached. It shares memory with the adapter's, as torch's does, unless that
+        is sharded; then every process must ask."""
+        return {key: whole(tensor.detach()) for key, tensor in {**self.parameters(name), **self.fixed(name)}.items()}
 
     @torch.no_grad()
     def load_state_dict(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Copy tensors in. Raises ModelError when keys or shapes differ, naming the first of each kind."""
+        """Copy whole tensors in. Raises ModelError when keys or shapes differ, naming the first of each kind."""
         own = {**self.parameters(name), **self.fixed(name)}
         problems = [*_key_problems(own, tensors), *_shape_problems(own, tensors)]
         if problems:
             raise ModelError(f"the weights do not fit adapter '{name}': {' '.join(problems)}")
         for key, tensor in own.items():
-            tensor.copy_(tensors[key])
+            fill(tensor, tensors[key])
 
     @torch.no_grad()
     def after_step(self, name: str) -> Mapping[str, float]:

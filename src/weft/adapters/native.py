@@ -12,7 +12,7 @@ from weft.adapters.dropout import RankDropout
 from weft.adapters.lora import Lora
 from weft.adapters.low_rank import FIRST_A, FIRST_B, MAGNITUDE, A, B, Product
 from weft.adapters.modules import layers_at, rows_are_readable
-from weft.adapters.named import NamedAdapters
+from weft.adapters.named import UNSET, NamedAdapters
 from weft.errors import ModelError
 
 # The child of a layer that holds its adapters. Keys of the base weights do not change.
@@ -41,7 +41,6 @@ class NativeAdapters(NamedAdapters):
             adapted = AdaptedLayer(recipe, layer, self.names, self.in_use).train(layer.training)
             layer.add_module(CHILD, adapted)
             layer.register_forward_hook(adapted.change)
-        self.initialize()
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """Canonical name -> parameter, in network order."""
@@ -89,13 +88,13 @@ class LowRank(nn.Module):
         product = Product(layer)
         rank, self.scale = recipe.width(product.is_conv)
         device = next(layer.parameters()).device  # a packed layer decodes its weight whenever that is asked for
-        a, b = (torch.zeros(shape, device=device, dtype=torch.float32) for shape in product.shapes(rank))
+        a, b = (torch.full(shape, UNSET, device=device, dtype=torch.float32) for shape in product.shapes(rank))
         self.lora_A = nn.Parameter(a)
         self.lora_B = nn.Parameter(b)
-        self.magnitude = nn.Parameter(torch.ones(len(b), device=device)) if recipe.dora else None
+        self.magnitude = nn.Parameter(b[:, 0].clone()) if recipe.dora else None
         pissa = recipe.init == "pissa"
-        self.register_buffer("first_A", torch.zeros_like(a) if pissa else None)
-        self.register_buffer("first_B", torch.zeros_like(b) if pissa else None)
+        self.register_buffer("first_A", a.clone() if pissa else None)
+        self.register_buffer("first_B", b.clone() if pissa else None)
 
 
 class AdaptedLayer(nn.ModuleDict):

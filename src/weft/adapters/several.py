@@ -21,8 +21,15 @@ class SeveralAdapters:
         assert all(adapters.paths == first.paths for adapters in others), "experts are networks of one kind"
         self.paths = first.paths
 
+    def initialize(self) -> None:
+        for adapters in self.networks.values():
+            adapters.initialize()
+
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         return self.of[name].parameters(name)
+
+    def fixed(self, name: str) -> dict[str, Tensor]:
+        return self.of[name].fixed(name)
 
     @contextmanager
     def use(self, name: str | None) -> Iterator[None]:

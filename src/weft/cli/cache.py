@@ -18,8 +18,9 @@ def run(argv: Sequence[str]) -> int:
     config = load_config(arguments.config, arguments.overrides)
     quiet_libraries()
 
+    from weft.run.checks import check
     from weft.run.listeners import Terminal
-    from weft.run.start import check, fill_cache
+    from weft.run.start import fill_cache
 
     terminal = Terminal()
     try:

@@ -70,7 +70,7 @@ def train_independently(path: Path, overrides: Sequence[str], processes: int | N
 
 def refuse_contradictions(config: "RunConfig") -> None:
     """Raises ConfigError for settings that cannot hold for several processes with one GPU each."""
-    if config.engine.kind != "single":
+    if config.engine.kind != "torch":
         raise ConfigError(
             f"engine.kind: '{config.engine.kind}' joins GPUs, and --independent parts them. Leave one out."
         )

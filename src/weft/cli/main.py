@@ -20,7 +20,7 @@ SUMMARIES: Mapping[str, str] = {
     "sample": "make videos with a trained adapter, beside the base model's",
     "show": "say what an adapter, a checkpoint, a run or a model folder holds",
     "export": "write an adapter in another program's format, and check the file",
-    "convert": "turn an adapter file of one program into another's",
+    "convert": "turn a checkpoint of many processes into one safetensors file",
     "merge": "average adapters, such as those of independent processes",
     "extract": "find the adapter between a base model and a tuned one",
     "import": "turn another trainer's config into a run.yaml",
@@ -30,7 +30,7 @@ SUMMARIES: Mapping[str, str] = {
     "dashboard": "watch runs in a browser",
     "report": "write one page about a run, to share",
     "ctl": "pause or sample a running run",
-    "launch": "start a run on several devices or machines",
+    "launch": "write the job file that trains on Slurm, SkyPilot or Kubernetes",
     "compare": "compare runs",
 }
 INTERRUPTED = 130  # 128 + SIGINT, as a shell counts it

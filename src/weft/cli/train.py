@@ -1,67 +1,108 @@
-"""weft train: one run, from its config to its adapter."""
+"""weft train: one run, from its config to its adapter, in this process or on several."""
 
 import argparse
 import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from weft.cli.launched import Rank, as_rank, own_rank
+from weft.cli.together import Asked
+from weft.errors import ConfigError
+
 
 def run(argv: Sequence[str]) -> int:
     """Train. Exit code 0 when finished, 130 when stopped by Ctrl-C, 143 by SIGTERM; both saved first."""
-    parser = argparse.ArgumentParser(prog="weft train", description="Train an adapter as a config says.")
-    parser.add_argument("config", type=Path, help="the run's YAML")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as adapter.rank=32 resume=latest")
-    parser.add_argument("--detach", action="store_true", help="train in the background, and return once it has begun")
-    parser.add_argument(
-        "--independent", action="store_true",
-        help="one process for each visible GPU: each trains its own adapter, NAME_gpuN, on its share of the clips",
+    arguments = parser().parse_intermixed_args(argv)
+    asked = Asked(
+        arguments.gpus, arguments.processes, arguments.nodes, arguments.node_rank, arguments.rendezvous,
+        arguments.restarts, arguments.patience,
     )  # fmt: skip
-    parser.add_argument("--processes", type=int, metavar="N", help="with --independent: so many, also without GPUs")
-    arguments = parser.parse_intermixed_args(argv)
-    if arguments.processes is not None and not arguments.independent:
-        parser.error("--processes belongs to --independent")
+    if arguments.independent and (odd := asked.joining()):
+        raise ConfigError(f"{odd} joins processes in one run, and --independent parts them. Leave one out.")
     if arguments.detach:
         from weft.cli.detached import detach
 
-        options = ["--independent"] * arguments.independent
-        options += [f"--processes={arguments.processes}"] * (arguments.processes is not None)
-        return detach(arguments.config, arguments.overrides, options)
+        return detach(arguments.config, arguments.overrides, asked.words(), independent=arguments.independent)
     if arguments.independent:
         from weft.cli.independent import train_independently
 
         return train_independently(arguments.config, arguments.overrides, arguments.processes)
+    if asked.words():
+        from weft.cli.together import train_together
+
+        return train_together(arguments.config, arguments.overrides, asked)
     return train(arguments.config, arguments.overrides)
 
 
+def parser() -> argparse.ArgumentParser:
+    """The options of weft train."""
+    parser = argparse.ArgumentParser(prog="weft train", description="Train an adapter as a config says.")
+    parser.add_argument("config", type=Path, help="the run's YAML")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as adapter.rank=32 resume=latest")
+    parser.add_argument("--detach", action="store_true", help="train in the background, and return once it has begun")
+    several = parser.add_argument_group("on several GPUs, one run (parallel: in the config says how they share it)")
+    several.add_argument("--gpus", metavar="N|all", help="so many of this host's visible GPUs, a process for each")
+    several.add_argument("--processes", type=int, metavar="N", help="so many processes on the processor")
+    several.add_argument("--nodes", metavar="N|MIN:MAX", help="so many hosts, this command on each; MIN:MAX: go on "
+                         "when hosts come or go")  # fmt: skip
+    several.add_argument("--node-rank", type=int, metavar="K", help="this host's number; 0 keeps the rendezvous")
+    several.add_argument("--rendezvous", metavar="HOST:PORT", help="where hosts meet; else MASTER_ADDR:MASTER_PORT")
+    several.add_argument("--restarts", type=int, metavar="N", help="after a failure begin again from the newest "
+                         "checkpoint, so often (one host: 0, several: 3)")  # fmt: skip
+    several.add_argument("--patience", type=int, metavar="SECONDS", help="after which a silent host is lost (30)")
+    parser.add_argument(
+        "--independent", action="store_true",
+        help="one run for each visible GPU or each of --processes: each trains its own adapter, NAME_gpuN, on its "
+        "share of the clips",
+    )  # fmt: skip
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # what deepspeed appends
+    return parser
+
+
 def train(path: Path, overrides: Sequence[str]) -> int:
-    """Train in this process."""
+    """Train in this process, which may be one rank of several."""
+    rank = own_rank(os.environ)
+    return as_rank(rank, lambda: train_here(path, overrides, rank))
+
+
+def train_here(path: Path, overrides: Sequence[str], rank: Rank) -> int:
+    """The training itself; only rank 0 talks of it."""
+    from weft.cli.accelerated import accelerate_overrides
     from weft.run.config import parse_config, read_source
 
     source = read_source(path, overrides)
+    if implied := accelerate_overrides(os.environ, source.data):
+        source = read_source(path, [*implied, *overrides])
     config = parse_config(source)
 
     from weft.run.listeners import Terminal
     from weft.run.start import train_run
 
     quiet_libraries()
-    terminal = Terminal()
-    request = StopRequest()
+    terminal = Terminal() if rank.number == 0 else None
+    request = StopRequest(silent=not rank.alone and (rank.number > 0 or rank.outcome is not None))
     request.listen()
     try:
-        result = train_run(config, terminal, request, path.read_text(encoding="utf-8"))
+        result = train_run(config, terminal or (lambda event: None), request, path.read_text(encoding="utf-8"))
     finally:
-        terminal.close()
+        if terminal:
+            terminal.close()
     if result.finished:
-        for folder in result.adapters:
+        for folder in result.adapters if terminal else ():
             print(f"adapter: {folder}")
         return 0
-    print(f"saved at step {result.step}. To go on, run the same command again:", file=sys.stderr)
-    print("  weft train " + shlex.join([str(path), *overrides]), file=sys.stderr)
-    return 128 + request.signal
+    if terminal:
+        print(f"saved at step {result.step}.", file=sys.stderr)
+        if rank.outcome is None:  # else the launcher tells its own command
+            command = ["weft", "train", str(path), *overrides]
+            again = shlex.join(command) if rank.alone else "the launcher's command that started it"
+            print(f"To go on, run the same command again:\n  {again}", file=sys.stderr)
+    return 128 + (request.signal or signal.SIGTERM)  # it may have been another rank that was asked
 
 
 def quiet_libraries() -> None:
@@ -73,10 +114,13 @@ def quiet_libraries() -> None:
 
 
 class StopRequest:
-    """Remembers a Ctrl-C or SIGTERM until the step is done; a second one ends the process at once."""
+    """Remembers a Ctrl-C or SIGTERM until the step is done; a second one ends the process at once. silent: of ranks
+    whose launcher, or whose rank 0, tells it."""
 
-    def __init__(self) -> None:
+    def __init__(self, silent: bool = False) -> None:
         self.signal = 0
+        self.silent = silent
+        self._since = 0.0
 
     def __call__(self) -> bool:
         return self.signal != 0
@@ -86,7 +130,15 @@ class StopRequest:
             signal.signal(number, self._hear)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
+        if number == self.signal == signal.SIGTERM and time.monotonic() - self._since < REPEATED:
+            return
         if self.signal:
             raise KeyboardInterrupt
-        self.signal = number
-        print("\nstopping: this step is finished and saved first. Once more ends at once.", file=sys.stderr, flush=True)
+        self.signal, self._since = number, time.monotonic()
+        if not self.silent:
+            print(STOPPING, file=sys.stderr, flush=True)
+
+
+# Seconds in which a second SIGTERM is the first one again: schedulers and launchers tell every process of a job.
+REPEATED = 5
+STOPPING = "\nstopping: this step is finished and saved first. Once more ends at once."

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from weft.contracts import Batch, Encoders
 from weft.data.ahead import ahead
 from weft.data.cache import Store
 from weft.data.encoding import EMPTY_CAPTION
-from weft.data.sampler import BucketSampler, chance, global_draw
+from weft.data.sampler import BucketSampler, chance
 from weft.data.survey import Clip, Survey, bucket_of
 from weft.errors import DataError
 from weft.events import Listener
@@ -53,16 +54,30 @@ class VideoExperience:
     store: Store
     draws: Draws
 
+    @property
+    def epoch_draws(self) -> int:
+        """Micro-batches of all ranks in one epoch."""
+        return self._sampler().batches_per_epoch
+
+    def position(self, drawn: int) -> dict[str, Any]:
+        """Nothing: the seed and a draw's number say what it holds."""
+        return {}
+
+    def resume_at(self, position: Mapping[str, Any]) -> None:
+        assert not position, f"clips are found by the number of a draw, but the checkpoint has {sorted(position)}"
+
     def batches(self, start: int, rank: int, world: int) -> Iterator[Batch]:
-        """Micro-batches of one rank from the start-th on; the next few are loaded in the background.
+        """Micro-batches of one rank, the draws start + rank, start + rank + world, ... of the run; the next few are
+        loaded in the background.
 
         Each holds latents (B, C, F, H, W), text (B, L, D) padded with zeros, text_mask (B, L), True where text is, and
         what the encoders give beside them.
         Raises DataError that names a clip which can no longer be loaded.
         """
-        sampler = BucketSampler(grouped(self.clips), self.draws.batch_size, self.draws.seed)
-        draws = (global_draw(micro_batch, rank, world) for micro_batch in count(start))
-        return ahead(self._drawn(sampler, draws), BATCHES_AHEAD)
+        return ahead(self._drawn(self._sampler(), count(start + rank, world)), BATCHES_AHEAD)
+
+    def _sampler(self) -> BucketSampler:
+        return BucketSampler(grouped(self.clips), self.draws.batch_size, self.draws.seed)
 
     def _drawn(self, sampler: BucketSampler, draws: Iterator[int]) -> Iterator[Batch]:
         """The batches of the draws; the store hears of the clips of the next ones."""

@@ -12,11 +12,6 @@ def chance(*parts: int | str) -> float:
     return (int.from_bytes(digest[:8], "big") >> 11) / (1 << 53)
 
 
-def global_draw(micro_batch: int, rank: int, world: int) -> int:
-    """The draw that is rank's micro-batch: ranks take turns, so together they go through each epoch once."""
-    return micro_batch * world + rank
-
-
 @dataclass
 class BucketSampler:
     """Batches whose items share a bucket, in an order that is drawn anew for each epoch.

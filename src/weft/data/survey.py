@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from math import ceil
 from pathlib import Path
 from typing import Literal
@@ -90,10 +91,21 @@ class Survey:
             counts[bucket_of(clip)] += clip.repeats
         return dict(sorted(counts.items(), key=lambda item: (-item[0].tokens, item[0])))
 
+    def digest(self) -> str:
+        """Hash over what every training item is: key, captions, bucket, repeats, rate. The data as it is trained on."""
+        digest = sha256()
+        for clip in self.train:
+            rate = (clip.stride, clip.declared_fps)
+            digest.update(repr((clip.key, clip.captions, clip.bucket, clip.repeats, rate)).encode())
+        return digest.hexdigest()
+
     def steps_per_epoch(self, batch_size: int, accumulate: int = 1) -> int:
         """Optimizer steps until every item was drawn. accumulate: micro-batches per step, over all ranks."""
-        micro_batches = sum(ceil(count / batch_size) for count in self.buckets().values())
-        return ceil(micro_batches / accumulate)
+        return ceil(self.epoch_draws(batch_size) / accumulate)
+
+    def epoch_draws(self, batch_size: int) -> int:
+        """Micro-batches until every item was drawn."""
+        return sum(ceil(count / batch_size) for count in self.buckets().values())
 
     def without(self, failures: dict[str, str]) -> "Survey":
         """The same survey where the clips of these keys are unreadable for these reasons."""

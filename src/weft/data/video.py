@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -52,6 +52,7 @@ class Source(Section):
 class VideoData(Section):
     """Captioned videos and images for a video model."""
 
+    medium: ClassVar[Literal["video"]] = "video"
     kind: Literal["video"] = "video"
     sources: tuple[Source, ...] = Field(min_length=1, description="Where the training clips come from; at least one.")
     validation_sources: tuple[Source, ...] = Field(

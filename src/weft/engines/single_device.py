@@ -1,8 +1,8 @@
-"""The engine of one process: placement, autocast, loss scaling, recomputation, clipping, and the guard of each step."""
+"""One device of one process: placement, autocast, loss scaling, recomputation, clipping, and the guard of each step."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from weft.contracts import Batch, Put, Stepped
+from weft.contracts import Batch, Berth, Stepped
+from weft.engines.gradients import clip
 from weft.engines.offload import Inputs
+from weft.engines.processes import Alone, Together
 from weft.engines.recompute import recompute
 from weft.engines.residency import (
     RING,
@@ -29,17 +31,28 @@ from weft.engines.streaming import Stream, Turns
 from weft.engines.transfer import through_clone, verified_copy
 from weft.errors import ConfigError
 
+T = TypeVar("T")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class SingleEngine:
     """One device. `can` names what objectives may need: 'functional' goes when blocks are recomputed, because
-    recomputation inside fast weights gives wrong gradients without an error."""
+    recomputation inside fast weights gives wrong gradients without an error.
 
-    rank = 0
-    world = 1
+    The engines of several processes are made from it: each of them has a device of its own.
+    """
 
-    def __init__(self, device: torch.device, precision: str, residence: Residence | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        precision: str,
+        residence: Residence | None = None,
+        processes: Alone | Together | None = None,
+    ) -> None:
+        self.processes = processes = processes or Alone()
+        self.rank, self.world = processes.rank, processes.layout.world
+        self.data_rank, self.data_world = processes.data_rank, processes.layout.data_world
+        self.sequence = processes.sequence
         self.device = device
         self.precision = precision
         self.residence = residence = residence or Residence()
@@ -53,13 +66,7 @@ class SingleEngine:
     @classmethod
     def open(cls, device: str, precision: str, residence: Residence | None = None) -> "SingleEngine":
         """Raises ConfigError when the device is not there."""
-        chosen = torch.device(best_device() if device == "auto" else device)
-        if chosen.type == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(f"engine.device: '{device}' was asked for, but torch sees no GPU. Run: weft doctor.")
-        if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-            raise ConfigError(f"engine.device: '{device}' is not there; {torch.cuda.device_count()} GPUs are visible.")
-        if chosen.type == "mps" and not torch.backends.mps.is_available():
-            raise ConfigError("engine.device: 'mps' was asked for, but this is no Mac with Metal. Use auto or cpu.")
+        chosen = device_here(device)
         return cls(chosen, best_precision(chosen) if precision == "auto" else precision, residence)
 
     def carry(self, module: nn.Module) -> nn.Module:
@@ -68,7 +75,7 @@ class SingleEngine:
                 tensor.data = verified_copy(tensor.data, self.device)
         return module.to(self.device)
 
-    def berth(self, number: int) -> Put:
+    def berth(self, number: int) -> Berth:
         """On the device; in host memory the weights of streamed blocks and, unless experts are surely together, of all
         networks after the first."""
         residence = self.residence
@@ -84,7 +91,7 @@ class SingleEngine:
                 return parked
             return self._moved(tensor)
 
-        return put
+        return Berth(put)
 
     def _moved(self, tensor: Tensor) -> Tensor:
         """The tensor on the device. ROCm never copies straight from a mapped file: there it hangs or lies."""
@@ -148,8 +155,20 @@ class SingleEngine:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=DTYPES[self.precision])
 
+    def own(self, network: nn.Module, optimizers: dict[str, Optimizer]) -> dict[str, Optimizer]:
+        return optimizers
+
     def total(self, value: Tensor) -> Tensor:
-        return value
+        return self.processes.total(value)
+
+    def agreed(self, value: T) -> T:
+        return self.processes.agreed(value)
+
+    def barrier(self) -> None:
+        self.processes.barrier()
+
+    def close(self) -> None:
+        self.processes.close()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self.scaler.scale(loss).backward()
@@ -157,19 +176,26 @@ class SingleEngine:
     def step(self, optimizer: Optimizer, max_norm: float) -> Stepped:
         """Unscale, measure the norm, clip, move, and clear. A gradient that is not finite moves nothing."""
         self.scaler.unscale_(optimizer)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        total = nn.utils.get_total_norm(gradients)
+        gradients = self.gradients(optimizer)
+        total = self.norm(gradients)
         norm = float(total)
         moved = norm < float("inf")  # False for nan too
         if moved:
             if max_norm and norm > max_norm:
-                nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
+                clip(gradients, max_norm, total)
             self.scaler.step(optimizer)
         overflow = not moved and self.scaler.is_enabled()
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return Stepped(norm=norm, moved=moved, overflow=overflow)
+
+    def gradients(self, optimizer: Optimizer) -> list[Tensor]:
+        """What this process holds of the gradients that an optimizer moves by."""
+        return [p.grad for p in parameters_of(optimizer) if p.grad is not None]
+
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The length of the whole gradient, fp32."""
+        return nn.utils.get_total_norm(list(gradients))
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read afterwards tells the truth."""
@@ -182,6 +208,22 @@ class SingleEngine:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state["scaler"] or self.scaler.is_enabled():
             self.scaler.load_state_dict(dict(state["scaler"]))
+
+
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def device_here(device: str) -> torch.device:
+    """A device by its name in a config. Raises ConfigError when it is not there."""
+    chosen = torch.device(best_device() if device == "auto" else device)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"engine.device: '{device}' was asked for, but torch sees no GPU. Run: weft doctor.")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"engine.device: '{device}' is not there; {torch.cuda.device_count()} GPUs are visible.")
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("engine.device: 'mps' was asked for, but this is no Mac with Metal. Use auto or cpu.")
+    return chosen
 
 
 def best_device() -> str:

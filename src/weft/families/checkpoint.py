@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from weft.contracts import Put
+from weft.contracts import Berth
 from weft.errors import ModelError
 from weft.families import names_hunyuan, names_wan, sniff
 from weft.families.configs import INFERRED
@@ -20,7 +20,7 @@ from weft.families.loading import read_config, sampled_digest, weight_files
 from weft.families.pieces import Names, Piece, Shapes, unchanged
 from weft.families.storage import FULL, check_storage
 from weft.families.stored import WeightFiles
-from weft.families.weights import Form, Source, bare, fill, stay, weight_bytes
+from weft.families.weights import HERE, Form, Source, bare, fill, weight_bytes
 
 Module = TypeVar("Module", bound=nn.Module)
 FamilyName = Literal["wan", "hunyuan-video"]
@@ -286,10 +286,12 @@ class Checkpoint:
 
     # ---- Loading --------------------------------------------------------------------------------------------------
 
-    def network(self, part: str, network: Module, blocks: Sequence[nn.Module], form: Form, put: Put = stay) -> Module:
+    def network(
+        self, part: str, network: Module, blocks: Sequence[nn.Module], form: Form, berth: Berth = HERE
+    ) -> Module:
         """Fill a network that has shapes only (on meta), tensor by tensor; frozen, in eval mode."""
         check_storage(form.storage)
-        return fill(network, blocks, self.tensors(part), form, put).requires_grad_(False).eval()
+        return fill(network, blocks, self.tensors(part), form, berth).requires_grad_(False).eval()
 
     def weight_bytes(
         self, part: str, network: nn.Module, blocks: Sequence[nn.Module], form: Form

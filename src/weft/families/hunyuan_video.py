@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from weft.contracts import Denoise, Encoders, Expert
+    from weft.contracts import Denoise, Encoders, Expert, SequenceGroup, Tokens
 
 DOUBLE = r"transformer_blocks\.\d+"
 SINGLE = r"single_transformer_blocks\.\d+"
@@ -170,12 +170,19 @@ class HunyuanVideo(VideoModel):
         assert isinstance(double, nn.ModuleList) and isinstance(single, nn.ModuleList)
         return [*double, *single]
 
-    def forward(self, call: Callable[..., Any], inputs: "Denoise") -> "Tensor":
+    def divide(self, network: "nn.Module", sequence: "SequenceGroup") -> None:
+        from weft.families.video_sequence import divide_hunyuan
+
+        divide_hunyuan(network, sequence)
+
+    def forward(self, call: Callable[..., Any], inputs: "Denoise | Tokens") -> "Tensor":
         """The velocity. Only what the mask calls text is attended to; guidance is told in thousandths, as time is."""
         import torch
 
+        from weft.contracts import Denoise
         from weft.math.flow import network_timestep
 
+        assert isinstance(inputs, Denoise), "a video model is asked about latents"
         assert inputs.given is None, "HunyuanVideo takes no clean frame"
         x, cond = inputs.x, inputs.cond
         guidance = None

@@ -223,4 +223,5 @@ def packable(network: nn.Module, blocks: Sequence[nn.Module]) -> dict[str, nn.Li
 
 
 def _modulates(path: str) -> bool:
-    return any(part.startswith("norm") or "mod" in part for part in path.split("."))
+    parts = (part for part in path.split(".") if part != "model")  # as transformers calls what stands below a head
+    return any(part.startswith("norm") or "mod" in part for part in parts)

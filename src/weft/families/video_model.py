@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLWan
     from torch import nn
 
-    from weft.contracts import Expert, Put
+    from weft.contracts import Berth, Expert
     from weft.families.checkpoint import Checkpoint
     from weft.families.weights import Form
 
@@ -47,6 +47,7 @@ class VideoModel(Section):
     )
 
     network_class: ClassVar[str]
+    medium: ClassVar[Literal["video"]] = "video"
 
     @cached_property
     def checkpoint(self) -> "Checkpoint":
@@ -134,14 +135,14 @@ class VideoModel(Section):
         """Weight bytes that are known already, by precision: a network's skeleton takes half a second."""
         return {}
 
-    def load(self, precision: str, expert: str, put: "Put") -> "nn.Module":
-        """The frozen network of an expert, read tensor by tensor into the places that put gives. Raises WeftError."""
+    def load(self, precision: str, expert: str, berth: "Berth") -> "nn.Module":
+        """The frozen network of an expert, read tensor by tensor into the places that berth gives. Raises WeftError."""
         from weft.families.weights import bare
 
         part = self.part_of(expert)
         network = bare(self._built)
         return self.prepared(
-            self.checkpoint.network(part, network, self.blocks(network), self.form(precision, part), put)
+            self.checkpoint.network(part, network, self.blocks(network), self.form(precision, part), berth)
         )
 
     # ---- The sampler ----

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from weft.contracts import Denoise, Encoders, Expert
+    from weft.contracts import Denoise, Encoders, Expert, SequenceGroup, Tokens
 
 PROJECTIONS = r"(to_q|to_k|to_v|to_out\.0|add_k_proj|add_v_proj)"
 TEXT_LENGTH = 512  # tokens that Wan was trained with, padding included and attended to
@@ -230,13 +230,20 @@ class Wan(VideoModel):
         assert isinstance(blocks, nn.ModuleList)
         return list(blocks)
 
-    def forward(self, call: Callable[..., Any], inputs: "Denoise") -> "Tensor":
+    def divide(self, network: "nn.Module", sequence: "SequenceGroup") -> None:
+        from weft.families.video_sequence import divide_wan
+
+        divide_wan(network, sequence)
+
+    def forward(self, call: Callable[..., Any], inputs: "Denoise | Tokens") -> "Tensor":
         """The velocity. Text is padded with zeros to its full length, and attended to, as Wan was trained."""
         from torch.nn.functional import pad
 
+        from weft.contracts import Denoise
         from weft.families.wan_network import token_timesteps, with_image
         from weft.math.flow import network_timestep
 
+        assert isinstance(inputs, Denoise), "a video model is asked about latents"
         x, cond, image = inputs.x, inputs.cond, self.image
         text = cond["text"]  # (B, L, D)
         assert text.shape[1] <= self.tokens_of_text, f"{text.shape[1]} text tokens, at most {self.tokens_of_text}"

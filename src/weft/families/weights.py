@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from weft.contracts import Put
+from weft.contracts import Berth, Read
 from weft.errors import ModelError
 from weft.families.memory import returned_at_once
 from weft.families.pieces import Names
@@ -21,6 +21,7 @@ Module = TypeVar("Module", bound=nn.Module)
 SCALES = (".scale_weight", ".weight_scale")
 NOTES = (".scale_input", ".input_scale", ".comfy_quant")
 MARKERS = ("scaled_fp8",)
+HERE = Berth()  # read by this process, and left where it was read
 
 
 def _nowhere(name: str) -> bool:
@@ -38,11 +39,6 @@ class Form:
 
     def full(self, name: str) -> torch.dtype:
         return torch.float32 if self.keeps_fp32(name) else FULL[self.dtype]
-
-
-def stay(tensor: Tensor, block: int | None, blocks: int) -> Tensor:
-    """A Put that leaves tensors where they were read."""
-    return tensor
 
 
 def bare(build: Callable[[], Module]) -> Module:
@@ -129,15 +125,31 @@ class Source:
         rows = piece.rows if shape[0] > 1 else ()
         return self.weights.read(scale, rows).float().view(shape)
 
-    def wide(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A tensor in a full precision, decoded where the file has it in 8 bits."""
-        tensor = self.read(name)
-        if self.in_8_bits(name) and self.names[name].source in self.scales:
-            return scaled(tensor.flatten(1), self.read_scale(name), dtype).view(tensor.shape)
-        return tensor.to(dtype)
-
     def in_8_bits(self, name: str) -> bool:
         return self.dtype(name) in (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """The tensors of a source as they are read here, or by another process for all. All ask in one order."""
+
+    source: Source
+    by: Read
+
+    def stored(self, name: str) -> Tensor:
+        """A tensor as it lies in its file."""
+        return self.by(lambda: self.source.read(name), self.source.shape(name), self.source.dtype(name))
+
+    def scale(self, name: str) -> Tensor:
+        """The fp32 scale of a weight in 8 bits, (1 or out, columns)."""
+        return self.by(lambda: self.source.read_scale(name), self.source.scale_shape(name), torch.float32)
+
+    def wide(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A tensor in a full precision, decoded where the file has it in 8 bits."""
+        tensor = self.stored(name)
+        if self.source.in_8_bits(name) and self.source.names[name].source in self.source.scales:
+            return scaled(tensor.flatten(1), self.scale(name), dtype).view(tensor.shape)
+        return tensor.to(dtype)
 
 
 # ---- What is kept how ---------------------------------------------------------------------------------------------
@@ -198,23 +210,23 @@ def block_numbers(network: nn.Module, blocks: Sequence[nn.Module]) -> Callable[[
 # ---- Filling ------------------------------------------------------------------------------------------------------
 
 
-def fill(network: Module, blocks: Sequence[nn.Module], source: Source, form: Form, put: Put = stay) -> Module:
+def fill(network: Module, blocks: Sequence[nn.Module], source: Source, form: Form, berth: Berth = HERE) -> Module:
     """Read every tensor of a network into its place. Raises ModelError when the files hold another network."""
     wanted = matched(tensors_of(network), source)
     check_shapes(network, wanted, source)
     packed = packed_layers(network, blocks, form, source)
-    number = block_numbers(network, blocks)
+    number, reader = block_numbers(network, blocks), Reader(source, berth.read)
     with returned_at_once():
         for name in sorted(wanted, key=source.place):
             path, _, end = name.rpartition(".")
 
-            def berth(tensor: Tensor, block: int | None = number(name)) -> Tensor:
-                return put(tensor, block, len(blocks))
+            def put(tensor: Tensor, block: int | None = number(name)) -> Tensor:
+                return berth.put(tensor, block, len(blocks))
 
             if end == "weight" and path in packed:
-                _pack(network, path, source, packed[path], form, berth)
+                _pack(network, path, reader, packed[path], form, put)
                 continue
-            tensor = berth(source.wide(name, form.full(name)).contiguous())
+            tensor = put(reader.wide(name, form.full(name)).contiguous())
             shared = nn.Parameter(tensor, requires_grad=False)
             for alias in wanted[name]:
                 _assign(network, alias, shared)
@@ -262,21 +274,20 @@ def check_shapes(network: nn.Module, names: Mapping[str, tuple[str, ...]], sourc
 
 
 def _pack(
-    network: nn.Module, path: str, source: Source, own: bool, form: Form, put: Callable[[Tensor], Tensor]
+    network: nn.Module, path: str, reader: Reader, own: bool, form: Form, put: Callable[[Tensor], Tensor]
 ) -> None:
     """Put a packed layer in the place of a linear one; its bias is kept for when it comes."""
     linear = network.get_submodule(path)
     assert isinstance(linear, nn.Linear)
     name, shape = f"{path}.weight", (linear.out_features, linear.in_features)
     if own:
-        codes, scale = source.read(name), source.read_scale(name)
+        codes, scale = reader.stored(name), reader.scale(name)
         packing = Float8(codes.dtype)
         codes = codes.view(torch.uint8)
     else:
         packing = PACKINGS[form.storage]
-        codes, scale = encoded(
-            packing, source.wide(name, torch.float32 if source.in_8_bits(name) else source.dtype(name))
-        )
+        full = torch.float32 if reader.source.in_8_bits(name) else reader.source.dtype(name)
+        codes, scale = encoded(packing, reader.wide(name, full))
     layer = PackedLinear(Packed(put(codes), put(scale), shape, packing), linear.bias, FULL[form.dtype])
     parent, _, child = path.rpartition(".")
     setattr(network.get_submodule(parent), child, layer.train(linear.training))

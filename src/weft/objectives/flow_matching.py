@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -72,6 +72,7 @@ class Shift(Section):
 class FlowMatching(Section):
     """Mean squared error of the velocity at random times."""
 
+    medium: ClassVar[Literal["video"]] = "video"
     kind: Literal["flow-matching"] = "flow-matching"
     timesteps: Annotated[Uniform | Sigmoid | LogitNormal | Shift, Field(discriminator="kind")] = Field(
         default_factory=Shift, description="density of the training times"
@@ -119,9 +120,10 @@ class FlowMatching(Section):
 
     def check(self, family: "ModelFamily") -> None:
         """Raises ConfigError for what does not go with the family."""
+        from weft.contracts import as_video
         from weft.errors import ConfigError
 
-        if self.first_frame and family.image != "frames":
+        if self.first_frame and as_video(family).image != "frames":
             raise ConfigError(
                 f"objective.first_frame: {self.first_frame:g} was asked for, but this model takes no clean latent "
                 "frame; TI2V-5B does. Leave the key out."
@@ -175,6 +177,7 @@ class FlowMatching(Section):
         import torch
 
         from weft.contracts import Loss
+        from weft.math.chance import generator
         from weft.math.flow import loss_weight
         from weft.math.timesteps import draw_times, stratified
 
@@ -186,15 +189,18 @@ class FlowMatching(Section):
         t = draw_times(self.timesteps.density(), uniform, *self.range_of(expert))  # (B,) fp32
         noise = torch.randn(latents.shape, generator=rng.own, device=latents.device)
         share = self.share(model.family, latents.shape[2])
-        # Shared, because a question without a given frame is another, cheaper call: one time for all tokens.
-        chosen = torch.rand(len(latents), generator=rng.shared) < share if share else None
+        # On the host, for a question without a given frame is another, cheaper call: one time for all tokens.
+        dice = generator("cpu", rng.seed, "first frame", phase, rng.draw)
+        chosen = torch.rand(len(latents), generator=dice) < share if share else None
         given = chosen.to(latents.device) if chosen is not None and bool(chosen.any()) else None
         error = self.errors(model, batch, Question(noise, t, expert.name, given))  # (B,)
         return Loss((loss_weight(t, self.weighting) * error).sum(), {"unweighted_loss": error.detach().sum()})
 
     def share(self, family: "ModelFamily", frames: int) -> float:
         """Share of clips of so many latent frames whose first one stays clean. A picture has nothing to go on to."""
-        if family.image != "frames" or frames == 1:
+        from weft.contracts import as_video
+
+        if as_video(family).image != "frames" or frames == 1:
             return 0.0
         return 0.5 if self.first_frame is None else self.first_frame
 
@@ -210,7 +216,7 @@ class FlowMatching(Section):
         asked = Denoise(x, question.t, conditions(batch), given, question.expert)
         return question.mean(batch, (model.velocity(asked).float() - velocity_target(latents, question.noise)).square())
 
-    def measured(self, experts: "Sequence[Expert]") -> tuple[tuple[str, float], ...]:
+    def measured(self, experts: "Sequence[Expert]") -> tuple[tuple[str, float | None], ...]:
         """Each (name of an expert, time) that validation measures."""
         pairs = []
         for expert in experts:
@@ -219,12 +225,19 @@ class FlowMatching(Section):
             pairs += [(expert.name, time) for time in times if expert.times[0] <= time <= expert.times[1]]
         return tuple(pairs)
 
-    def measure(self, model: "Model", batch: "Batch", expert: str, time: float, seed: int) -> "Tensor":
+    def weights(self, batch: "Batch") -> "Tensor":
+        """Every clip counts alike."""
+        import torch
+
+        return torch.ones(len(batch.keys))
+
+    def measure(self, model: "Model", batch: "Batch", expert: str, time: float | None, seed: int) -> "Tensor":
         """Each item's error (B,) at one time, on noise that depends on the seed and the item's key alone."""
         import torch
 
         from weft.math.chance import generator
 
+        assert time is not None, "a velocity is asked for at a time"
         latents = batch["latents"]
         device = latents.device
 

@@ -103,7 +103,7 @@ def apply_adapters(paths: Sequence[Path], source: str | None, device: str, preci
             raise ConfigError(f"--strength: {one.path} is {name}, no multiple of whose weights is a weaker one.")
     config = found[0].config
     family = base_family(config, source)
-    engine = plugins.find("engine", "single")(device=device, precision=precision).open()
+    engine = plugins.find("engine", "torch")(device=device, precision=precision).open()
     model = applied_model(found, family, engine, strength)
     return Applied(
         model,

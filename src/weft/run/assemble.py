@@ -48,7 +48,7 @@ def assemble(config: RunConfig, engine: Engine) -> Learner:
     def build(name: str, parameters: Mapping[str, nn.Parameter]) -> Optimizer:
         return config.optimizer.build(parameters, config.adapter.lr_factor)
 
-    optimizers = objective.optimizers(model, state, build)
+    optimizers = engine.own(model.network, objective.optimizers(model, state, build))
     names = objective.roles(family.experts)
     ema = {role: MovingAverage(config.ema.decay, config.ema.start) for role in names} if config.ema else {}
     pace = Pace(objective, family.experts, config.schedule.steps)
@@ -64,7 +64,10 @@ def built(config: RunConfig, engine: Engine, roles: Mapping[str, Sequence[str]])
         network = family.load(engine.precision, expert, engine.berth(number))
         paths = target_report(config, network).paths
         adapters[expert] = config.adapter.attach(network, paths, names, config.seed)
+        if engine.sequence is not None:
+            family.divide(network, engine.sequence)
         networks[expert] = engine.place(network, family.blocks(network))
+        adapters[expert].initialize()
     return joined(networks, adapters, engine, family)
 
 

@@ -3,9 +3,10 @@
 
 import platform
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter
@@ -49,10 +50,18 @@ class RandomClips:
                 latents = torch.randn((self.items, *self.latents), generator=chance)
                 keys = tuple(f"{i}.{k}" for k in range(self.items))
                 self.made.append(Batch({"latents": latents, **self.conditions(self.items, *self.latents[1:])}, keys))
-        number = start
-        while True:
+        for number in count(start + rank, world):
             yield self.made[number % len(self.made)]
-            number += 1
+
+    @property
+    def epoch_draws(self) -> int:
+        return len(self.made)
+
+    def position(self, drawn: int) -> dict[str, Any]:
+        return {}
+
+    def resume_at(self, position: Mapping[str, Any]) -> None:
+        """Its draws follow from their numbers."""
 
 
 class Nothing:

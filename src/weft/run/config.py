@@ -4,19 +4,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from weft import plugins
 from weft.config.parse import parse
 from weft.config.source import Source, read_source
+from weft.engines.parallel import Parallel
 from weft.section import Section
+
+OF_VIDEO = ("diffusers",)  # formats that only programs for video read
+ENGINE = "torch"  # the engine of a config that names none
 
 
 class Schedule(Section):
     """How long to train, how many micro-batches make a step, and how the learning rate moves."""
 
     steps: int = Field(default=1000, ge=1, description="optimizer steps of the whole run")
-    accumulate: int = Field(default=1, ge=1, description="micro-batches whose gradients are summed into one step")
+    epochs: float | None = Field(
+        default=None, gt=0, description="passes over the data of the whole run, in place of steps; null: steps"
+    )
+    accumulate: int = Field(
+        default=1, ge=1, description="micro-batches of each process whose gradients are summed into one step"
+    )
+    global_batch: int | None = Field(
+        default=None,
+        ge=1,
+        description="items of a step on all processes together, from which accumulate then follows; null: what "
+        "batch_size, accumulate and the number of processes make",
+    )
     max_norm: float = Field(default=1.0, ge=0, description="gradients are scaled down to this global norm; 0: never")
     curve: Literal["constant", "linear", "cosine"] = Field(
         default="constant", description="after the warm-up: constant, or falling to floor x lr at the last step"
@@ -26,8 +41,22 @@ class Schedule(Section):
     incidents: int = Field(default=5, ge=1, description="stop after so many steps in a row without a finite gradient")
 
     @model_validator(mode="after")
+    def _one_of_two(self) -> "Schedule":
+        said = self.model_fields_set
+        for one, other in (("epochs", "steps"), ("global_batch", "accumulate")):
+            if getattr(self, one) is not None and other in said:
+                raise ValueError(f"schedule.{one} decides schedule.{other}. Leave one of them out.")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_follows(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Saved without the numbers that others decide, so that they are found anew for other processes."""
+        follows = {"steps": self.epochs is not None, "accumulate": self.global_batch is not None}
+        return {name: value for name, value in plain(self).items() if not follows.get(name)}
+
+    @model_validator(mode="after")
     def _warmup_ends(self) -> "Schedule":
-        if self.warmup >= self.steps:
+        if self.epochs is None and self.warmup >= self.steps:
             raise ValueError(f"schedule.warmup is {self.warmup}, but the run has only {self.steps} steps. Lower it.")
         return self
 
@@ -36,7 +65,17 @@ class Save(Section):
     """When the run saves itself, and in which formats adapters are written."""
 
     every: int = Field(default=250, ge=0, description="steps between checkpoints; 0: only at the end")
+    every_epochs: float = Field(default=0, ge=0, description="also after so many passes over the data; 0: never")
     keep: int = Field(default=3, ge=1, description="newest checkpoints that are kept")
+    keep_best: int = Field(
+        default=0, ge=0, description="beside them so many with the lowest validation loss; 0: none for that"
+    )
+    prune_adapters: bool = Field(
+        default=False, description="delete global_step_N/, the adapter, together with the checkpoint of its step"
+    )
+    background: bool = Field(
+        default=True, description="write checkpoints while training goes on; false: training waits for the disk"
+    )
     formats: tuple[str, ...] = Field(
         default=(), description="formats of the saved adapter: peft, diffusers; none: all that its kind has"
     )
@@ -88,6 +127,7 @@ class Samples(Section):
     prompts: tuple[Prompt, ...] = Field(
         default=(), description="what to generate: texts, or {text: ..., image: FILE} to go on from an image"
     )
+    tokens: int = Field(default=128, ge=1, description="of a language model: tokens of the longest reply")
     frames: int = Field(default=81, ge=1, description="frames of a sample, of the form 4k+1")
     width: int = Field(default=832, ge=8, description="pixels")
     height: int = Field(default=480, ge=8, description="pixels")
@@ -108,6 +148,17 @@ class Samples(Section):
     baseline: bool = Field(default=True, description="also sample the base without the adapter, once")
 
 
+class Tracking(Section):
+    """Experiment trackers that hear of each step, beside the run's own files."""
+
+    to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        default=(),
+        description="tensorboard: files in the run's folder; wandb; trackio; none: the run's own files alone",
+    )
+    project: str = Field(default="weft", description="name under which wandb and trackio gather runs")
+    offline: bool = Field(default=False, description="wandb: keep all here, to be sent later by `wandb sync`")
+
+
 class RunConfig(Section):
     """One training run. Every run has its own folder, output/name."""
 
@@ -122,13 +173,15 @@ class RunConfig(Section):
     optimizer: plugins.union("optimizer") = Field(description="how the weights move")  # type: ignore[valid-type]
     data: plugins.union("data") = Field(description="clips, captions, buckets, cache")  # type: ignore[valid-type]
     engine: plugins.union("engine") = Field(  # type: ignore[valid-type]
-        default_factory=lambda: plugins.find("engine", "single")(), description="device and precision"
+        default_factory=lambda: plugins.find("engine", ENGINE)(), description="device and precision"
     )
+    parallel: Parallel = Field(default_factory=Parallel, description="how several processes share the work")
     schedule: Schedule = Field(default_factory=Schedule, description="length, accumulation, learning-rate curve")
     ema: Ema | None = Field(default=None, description="moving average of the adapter; leave out for none")
     validation: Validation = Field(default_factory=Validation, description="loss on held-out clips")
     samples: Samples = Field(default_factory=Samples, description="videos made while training")
     save: Save = Field(default_factory=Save, description="checkpoints and adapter formats")
+    track: Tracking = Field(default_factory=Tracking, description="TensorBoard, wandb, trackio")
     resume: str = Field(
         default="auto",
         description="auto: continue when the run folder has a checkpoint; latest: it must have one; never: start anew "
@@ -139,19 +192,51 @@ class RunConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _adapter_has_formats(self) -> "RunConfig":
-        odd = [name for name in self.save.formats if name not in self.adapter.formats]
-        if odd:
-            known = ", ".join(self.adapter.formats)
+    def _the_best_is_known(self) -> "RunConfig":
+        if self.save.keep_best and not self.validation.every:
             raise ValueError(
-                f"save.formats: an adapter of kind {self.adapter.kind} is written as {known}, not as {odd[0]}"
+                "save.keep_best: the best checkpoint is that with the lowest validation loss, and validation.every is "
+                "0. Write validation.every, or leave save.keep_best out"
+            )
+        return self
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _engine_by_default(cls, value: Any) -> Any:
+        return {"kind": ENGINE, **value} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _one_medium(self) -> "RunConfig":
+        medium = self.family.medium
+        for slot in ("data", "objective"):
+            section = getattr(self, slot)
+            if section.medium != medium:
+                fitting = [k for k, t in plugins.section_types(slot).items() if t.medium == medium]
+                raise ValueError(
+                    f"{slot}.kind: '{section.kind}' is for {section.medium} models, and family '{self.family.kind}' "
+                    f"is a {medium} model. Write {slot}.kind={' or '.join(fitting)}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_has_formats(self) -> "RunConfig":
+        odd = [name for name in self.save.formats if name not in self._known_formats]
+        if odd:
+            raise ValueError(
+                f"save.formats: an adapter of kind {self.adapter.kind} on a {self.family.medium} model is written as "
+                f"{', '.join(self._known_formats)}, not as {odd[0]}"
             )
         return self
 
     @property
     def formats(self) -> tuple[str, ...]:
         """Formats that adapters are written in."""
-        return self.save.formats or self.adapter.formats
+        return self.save.formats or self._known_formats
+
+    @property
+    def _known_formats(self) -> tuple[str, ...]:
+        """What an adapter of this kind, on a model of this medium, can be written as."""
+        return tuple(name for name in self.adapter.formats if self.family.medium == "video" or name not in OF_VIDEO)
 
     @property
     def folder(self) -> Path:
@@ -164,9 +249,14 @@ class RunConfig(Section):
 
 
 # Keys that change no number of the training: a resumed run may differ in them without being told so.
-FREE_ON_RESUME = ("name", "output", "resume", "resume_allow", "save", "samples", "validation", "data.cache",
+FREE_ON_RESUME = ("name", "output", "resume", "resume_allow", "save", "samples", "validation", "track",
+                  "data.cache",
                   "data.cache_folder", "data.unreadable", "data.dropped", "data.too_short", "data.workers",
-                  "engine.stream_blocks", "engine.offload_inputs", "engine.experts", "engine.pinned")  # fmt: skip
+                  "engine.stream_blocks", "engine.offload_inputs", "engine.experts", "engine.pinned",
+                  # How many processes there are, and how they share: "items_per_step" among the inputs must stay.
+                  "parallel", "schedule.accumulate", "schedule.global_batch", "engine.kind", "engine.read",
+                  "engine.timeout", "engine.zero", "engine.offload_optimizer", "engine.offload_parameters",
+                  "engine.verified_copy")  # fmt: skip
 
 
 # Keys that a saved state cannot be fitted to when they change.

@@ -2,35 +2,36 @@
 with shapes but without storage, and the memory that they would hold at a time is followed through one step."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from weft.contracts import ModelFamily
-from weft.data.buckets import Bucket
-from weft.engines.residency import RING, Residence, memory_of, streamed_blocks, together
+from weft.engines.parallel import Layout
+from weft.engines.residency import Residence, memory_of
 from weft.engines.single_device import DTYPES, best_device, best_precision
 from weft.run.assemble import target_report
 from weft.run.config import RunConfig
+from weft.run.questions import Shape
 from weft.run.rehearsal import LiveBytes, Stage, block_lists, rehearsed
+from weft.run.shares import ALONE, adapter_bytes, weights_of
 
 FIXED = 0.6 * 2**30  # bytes: context of the device and the workspaces of its libraries, on CUDA
-STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "custom": 8}  # of optimizer state for each trainable parameter
 FULL = {**DTYPES, "fp32": torch.float32}
 DEPTH = 2  # blocks of a network of equal blocks that are rehearsed, and one more, to know what each further one takes
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on the device in one training step of one bucket, and what waits in host memory."""
+    """Bytes on the device of one process in one training step of one shape, and what waits in host memory."""
 
     weights: int
     adapter: int  # fp32 weights, gradients, optimizer state, moving average
     activations: int
     fixed: int
-    host: int = 0  # frozen weights that wait for their turn
+    host: int = 0  # frozen weights that wait for their turn, moments that are kept there
 
     @property
     def total(self) -> int:
@@ -77,52 +78,34 @@ def card_of(config: RunConfig) -> Card:
 
 
 def estimate(
-    config: RunConfig, buckets: Sequence[Bucket], trainable: int, card: Card | None = None
-) -> dict[Bucket, Estimate]:
-    """An estimate for each bucket at the config's batch size. trainable: parameters of all adapters. card: that the run
-    is planned for, if not this machine's.
+    config: RunConfig, shapes: Sequence[Shape], trainable: int, card: Card | None = None, layout: Layout = ALONE
+) -> dict[Shape, Estimate]:
+    """An estimate for each shape at the config's batch size, of one process of a layout. trainable: parameters of all
+    adapters. card: that the run is planned for, if not this machine's.
 
     Raises ConfigError when more blocks are to be streamed than there are.
     """
     card = card or card_of(config)
-    found = all_activations(config, buckets)
-    return {bucket: composed(config, found[bucket], trainable, card) for bucket in buckets}
+    found = all_activations(config, shapes, layout.sequence)
+    return {shape: composed(config, found[shape], trainable, card, layout) for shape in shapes}
 
 
-def composed(config: RunConfig, activations: int, trainable: int, card: Card) -> Estimate:
+def composed(config: RunConfig, activations: int, trainable: int, card: Card, layout: Layout = ALONE) -> Estimate:
     """The whole from what is already known of a step's activations."""
     by_block = config.family.weight_bytes(precision_of(config))
-    weights, host = divided(by_block, config.engine.residence(), len(config.family.experts), card.memory)
-    fixed = int(FIXED) if card.gpu else 0
-    return Estimate(weights, adapter_bytes(config, trainable), activations, fixed, host)
-
-
-def adapter_bytes(config: RunConfig, trainable: int) -> int:
-    """Weights, gradients, optimizer state and moving average of what is trained."""
-    return trainable * (8 + STATE_BYTES[config.optimizer.kind] + (4 if config.ema else 0))
-
-
-def divided(
-    by_block: Mapping[int | None, int], residence: Residence, experts: int, memory: int | None
-) -> tuple[int, int]:
-    """Of so many networks with so many bytes in each block: what is on a device with so much memory, and what waits."""
-    numbers = streamed_blocks(sum(block is not None for block in by_block), residence.stream_blocks)
-    streaming = [by_block[number] for number in numbers]
-    staying = sum(by_block.values()) - sum(streaming)
-    ring = min(RING, len(numbers)) * max(streaming, default=0)
-    if experts == 1 or together(residence.experts, experts * staying, memory):
-        return experts * staying + ring, experts * sum(streaming)
-    return staying + ring, experts * (sum(streaming) + staying)
+    weights, waiting = weights_of(config, by_block, card.memory, layout)
+    adapter, moments = adapter_bytes(config, trainable, layout)
+    return Estimate(weights, adapter, activations, int(FIXED) if card.gpu else 0, waiting + moments)
 
 
 # ---- Activations ----------------------------------------------------------------------------------------------------
 
 
-def all_activations(config: RunConfig, buckets: Sequence[Bucket]) -> dict[Bucket, int]:
-    """`activations` of each bucket. Of many only the largest and the smallest are rehearsed: it is linear in tokens."""
-    ordered = sorted(buckets, key=lambda bucket: bucket.tokens)
+def all_activations(config: RunConfig, shapes: Sequence[Shape], sequence: int = 1) -> dict[Shape, int]:
+    """`activations` of each shape. Of many only the largest and the smallest are rehearsed: it is linear in tokens."""
+    ordered = sorted(shapes, key=lambda shape: shape.tokens)
     rehearse = ordered if len(ordered) <= 2 else [ordered[0], ordered[-1]]
-    found = {bucket: activations(config, bucket) for bucket in rehearse}
+    found = {shape: activations(config, shape, sequence) for shape in rehearse}
     if len(found) == len(set(ordered)):
         return found
     low, high = rehearse
@@ -130,26 +113,27 @@ def all_activations(config: RunConfig, buckets: Sequence[Bucket]) -> dict[Bucket
     return {b: found[b] if b in found else round(found[low] + slope * (b.tokens - low.tokens)) for b in ordered}
 
 
-def activations(config: RunConfig, bucket: Bucket) -> int:
-    """The most bytes at a time, beside weights and adapters, of one micro-batch forward and backward."""
-    return held(config, bucket).peak
+def activations(config: RunConfig, shape: Shape, sequence: int = 1) -> int:
+    """The most bytes at a time, beside weights and adapters, of one micro-batch forward and backward, on one of the
+    ranks that part its tokens."""
+    return held(config, shape, sequence).peak
 
 
-def held(config: RunConfig, bucket: Bucket) -> Held:
+def held(config: RunConfig, shape: Shape, sequence: int = 1) -> Held:
     """What one micro-batch holds. A long row of equal blocks is rehearsed in short, since each takes the same."""
     residence = replace(config.engine.residence(), stream_blocks=0, experts="together", pinned=False, verified=False)
     depth = equal_blocks(config)
+    precision = precision_of(config)
+    stage = Stage(FULL[config.family.weight_dtype(precision)], precision, residence, (), sequence)
     if depth <= DEPTH + 1:
-        return rehearsed_bytes(config, bucket, residence, ())
-    short, longer = (rehearsed_bytes(config, bucket, residence, (count,)) for count in (DEPTH, DEPTH + 1))
+        return rehearsed_bytes(config, shape, stage)
+    short, longer = (rehearsed_bytes(config, shape, replace(stage, depths=(n,))) for n in (DEPTH, DEPTH + 1))
     return short.further(longer, depth - DEPTH)
 
 
-def rehearsed_bytes(config: RunConfig, bucket: Bucket, residence: Residence, depths: tuple[int, ...]) -> Held:
+def rehearsed_bytes(config: RunConfig, shape: Shape, stage: Stage) -> Held:
     """Follow the memory of one rehearsal."""
-    precision = precision_of(config)
-    stage = Stage(FULL[config.family.weight_dtype(precision)], precision, residence, depths)
-    with rehearsed(config, bucket, stage) as rehearsal:
+    with rehearsed(config, shape, stage) as rehearsal:
         live, inputs = LiveBytes(), rehearsal.engine.inputs
         for parameter in rehearsal.adapters.parameters(rehearsal.role).values():
             parameter.grad = torch.zeros_like(parameter)  # gradients are the adapter's own account

@@ -1,9 +1,9 @@
 """Validation: the loss on held-out items at fixed noise and fixed times, against the base with its adapter off."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -71,38 +71,64 @@ class Evaluator:
         if not self.batches:
             return Evaluated(step=learner.step, loss=None, baseline=None, by_time={}, baseline_by_time={},
                              items=0, failed=self.failed)  # fmt: skip
-        now, before = losses.double(), self.baseline.double()  # (pairs, items)
-        difference = (now - before).mean(0)  # (items,)
-        error = float(difference.std() / math.sqrt(len(difference))) if len(difference) > 1 else None
+        weights = torch.cat([objective.weights(batch) for batch in self.batches]).double()  # (items,)
+        now, before = weighted(losses.double(), weights), weighted(self.baseline.double(), weights)  # (pairs,)
         several = len(learner.experts) > 1
-        times = [f"{expert} {time:g}" if several else f"{time:g}" for expert, time in pairs]
+        times = [" ".join(filter(None, (expert * several, time_of(time)))) for expert, time in pairs]
         return Evaluated(
             step=learner.step,
             loss=float(now.mean()),
             baseline=float(before.mean()),
-            by_time=dict(zip(times, now.mean(1).tolist(), strict=True)),
-            baseline_by_time=dict(zip(times, before.mean(1).tolist(), strict=True)),
+            by_time=dict(zip(times, now.tolist(), strict=True)) if any(times) else {},
+            baseline_by_time=dict(zip(times, before.tolist(), strict=True)) if any(times) else {},
             by_expert=by_expert(pairs, now) if several else {},
-            items=now.shape[1],
+            items=losses.shape[1],
             failed=self.failed,
-            standard_error=error,
+            standard_error=standard_error((losses.double() - self.baseline.double()).mean(0), weights),
         )
 
     def _losses(self, learner: Learner, objective: Validated, adapter: bool) -> Tensor:
-        """(pairs, items) on the cpu, with the adapters or of the base alone; one expert after the other."""
-        rows = []
-        for expert, time in objective.measured(learner.experts):
-            row = []
-            for batch in self.batches:
-                on_device = learner.engine.put(batch)
-                with naming("validation", learner.engine.device), in_use(learner, adapter), learner.engine.computing():
-                    row.append(objective.measure(learner.model, on_device, expert, time, self.seed).cpu())
-            rows.append(torch.cat(row) if row else torch.zeros(0))
-        return torch.stack(rows)
+        """(pairs, items) on the cpu, with the adapters or of the base alone; one expert after the other.
+
+        The data ranks share the batches. Each asks equally often, for sharded networks answer all ranks at once.
+        """
+        engine = learner.engine
+        first = list(accumulate((len(objective.weights(batch)) for batch in self.batches), initial=0))
+        pairs = objective.measured(learner.experts)
+        found = torch.zeros(len(pairs), first[-1], device=engine.device)
+        for row, (expert, time) in enumerate(pairs):
+            for start in range(0, len(self.batches), engine.data_world):
+                number = start + engine.data_rank
+                on_device = engine.put(self.batches[min(number, len(self.batches) - 1)])
+                with naming("validation", engine.device), in_use(learner, adapter), engine.computing():
+                    losses = objective.measure(learner.model, on_device, expert, time, self.seed)
+                if number < len(self.batches):
+                    found[row, first[number] : first[number + 1]] = losses
+        return engine.total(found).cpu()
 
 
-def by_expert(pairs: Sequence[tuple[str, float]], losses: Tensor) -> dict[str, float]:
-    """The mean of (pairs, items) over each expert's own pairs."""
+def weighted(losses: Tensor, weights: Tensor) -> Tensor:
+    """Means (pairs,) of (pairs, items) under weights (items,)."""
+    return (losses * weights).sum(1) / weights.sum()
+
+
+def standard_error(differences: Tensor, weights: Tensor) -> float | None:
+    """Of the weighted mean of paired differences (items,): sqrt(n/(n-1) sum w^2 (d - mean)^2) / sum w. Cochran 1977,
+    eq. 6.13; with equal weights the usual one. None for a single item."""
+    n = len(differences)
+    if n < 2:
+        return None
+    mean = (differences * weights).sum() / weights.sum()
+    squares = (weights.square() * (differences - mean).square()).sum()
+    return float((n / (n - 1) * squares).sqrt() / weights.sum())
+
+
+def time_of(time: float | None) -> str:
+    return "" if time is None else f"{time:g}"
+
+
+def by_expert(pairs: Sequence[tuple[str, float | None]], losses: Tensor) -> dict[str, float]:
+    """The mean of (pairs,) over each expert's own pairs."""
     names = dict.fromkeys(expert for expert, _ in pairs)
     return {name: float(losses[[expert == name for expert, _ in pairs]].mean()) for name in names}
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from weft import events
+from weft.contracts import Engine
 from weft.durable import write_whole
 from weft.engines.visible import Gpu, gpus_here, own_number
 from weft.events import Event
@@ -27,15 +28,17 @@ PAUSE = 1.0  # seconds between two writings
 POINTS = 1000  # of the history; beyond that every second one goes
 
 
-def open_gpu_log(run: Path, device: torch.device) -> "GpuLog":
-    """The log of this process's GPU in a run's folder; files of dead processes on other GPUs are removed."""
+def open_gpu_log(run: Path, engine: Engine) -> "GpuLog":
+    """The log of this process's GPU in a run's folder."""
+    device = engine.device
     found = gpus_here() if device.type == "cuda" else None
     gpu = found.gpus[device.index or 0] if found and (device.index or 0) < len(found.gpus) else None
-    number = own_number(gpu)
+    # Processes on several machines, or on one processor, would have one number: there each has its rank.
+    one_machine = os.environ.get("LOCAL_WORLD_SIZE", "1") == str(engine.world)
+    number = own_number(gpu) if engine.world == 1 or (gpu and one_machine) else engine.rank
     path = run / f"training_gpu{number}.json"
-    remove_dead(run, path)
     who = identity(gpu, number, device, found.notes if found else ())
-    return GpuLog(path, {"run": run.name, "gpu": who}, run / "events.rank0.jsonl", lambda: memory(device))
+    return GpuLog(path, {"run": run.name, "gpu": who}, run / f"events.rank{engine.rank}.jsonl", lambda: memory(device))
 
 
 def identity(gpu: Gpu | None, number: int, device: torch.device, notes: tuple[str, ...]) -> dict[str, Any]:
@@ -51,12 +54,12 @@ def identity(gpu: Gpu | None, number: int, device: torch.device, notes: tuple[st
     }
 
 
-def remove_dead(run: Path, own: Path) -> None:
-    """Delete the logs of this machine's ended processes that trained this run on another GPU: its history goes on in
-    our own."""
+def remove_dead(run: Path) -> None:
+    """Delete the logs of this machine's ended processes that trained this run, maybe on other GPUs: their history goes
+    on in those of the processes that train it now. To be called before these begin to write."""
     for path in run.glob("training_gpu*.json"):
         there = json.loads(path.read_text())
-        if path != own and there["host"] == platform.node() and not is_alive(there["pid"], there["born"]):
+        if there["host"] == platform.node() and not is_alive(there["pid"], there["born"]):
             path.unlink()
 
 

@@ -15,7 +15,8 @@ from weft.engines.residency import RING, memory_of, together
 from weft.errors import ConfigError, WeftError
 from weft.run.assemble import target_report
 from weft.run.config import RunConfig
-from weft.run.estimate import Card, Estimate, activations, card_of, composed, device_of, divided, precision_of
+from weft.run.estimate import Card, Estimate, activations, card_of, composed, device_of, precision_of
+from weft.run.shares import divided
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
          "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip

@@ -1,13 +1,13 @@
 """All of a run that moves: what a checkpoint saves, and what a resumed run restores."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from weft.contracts import Engine, Expert, Model, Objective, Rng, State
+from weft.contracts import Engine, Experience, Expert, Model, Objective, Rng, State
 from weft.math.chance import generator, seed_of
 from weft.run.pace import Pace
 
@@ -33,7 +33,7 @@ class MovingAverage:
 
 @dataclass
 class Learner:
-    """A model under training. step: optimizer steps done. drawn: micro-batches of this rank drawn so far."""
+    """A model under training. step: optimizer steps done. drawn: micro-batches that all ranks have drawn so far."""
 
     model: Model
     objective: Objective
@@ -43,6 +43,7 @@ class Learner:
     seed: int
     pace: Pace
     ema: dict[str, MovingAverage] = field(default_factory=dict)
+    stream: Sequence[Experience] = ()
     step: int = 0
     drawn: int = 0
     skipped_in_a_row: int = 0
@@ -57,14 +58,19 @@ class Learner:
         """The roles whose adapters are exported, measured and sampled, one for each expert."""
         return self.objective.shown(self.experts)
 
-    def rng(self, phase: str, draw: int) -> Rng:
-        """The chance of the micro-batch that was drawn last, number `draw` of its phase on this rank. Dropout draws
-        from torch's global generator, so that is seeded for the same place."""
-        engine, place = self.engine, (self.step, phase, self.drawn)
-        torch.manual_seed(seed_of(self.seed, "global", *place, engine.rank))
+    def rng(self, phase: str, micro_batch: int, accumulate: int) -> Rng:
+        """The chance of one of the `accumulate` micro-batches of this rank in this step, counted from 0.
+
+        It is that of the draw, whichever rank has it. Dropout draws from torch's global generator, so that is seeded
+        for the same place; the ranks of a sequence group hold other tokens, and drop others.
+        """
+        engine, place = self.engine, (self.step, phase)
+        number = micro_batch * engine.data_world + engine.data_rank
+        part = (engine.sequence.rank,) if engine.sequence else ()
+        torch.manual_seed(seed_of(self.seed, "global", *place, number, *part))
         return Rng(
-            own=generator(engine.device, self.seed, "own", *place, engine.rank),
-            shared=generator("cpu", self.seed, "shared", *place),
+            own=generator(engine.device, self.seed, "own", *place, number),
+            shared=generator("cpu", self.seed, "shared", *place, micro_batch),
             seed=self.seed,
-            draw=draw * engine.world + engine.rank,
+            draw=self.pace.done(phase, self.step) * accumulate * engine.data_world + number,
         )

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,15 @@ from weft.errors import RunError
 from weft.events import Evaluated, Exported, Incident, Listener, PhaseStarted, Saved
 from weft.formats.adapter_file import SavedAdapter
 from weft.run.assemble import adapter_folder
-from weft.run.checkpoint import save_checkpoint
+from weft.run.checkpoint import CheckpointWriter
+from weft.run.checkpoint_folders import step_of
+from weft.run.checkpoint_tree import under_way
 from weft.run.config import RunConfig
 from weft.run.evaluate import Evaluator, averaged
 from weft.run.folder import write_json
 from weft.run.learner import Learner
-from weft.run.showing import Gallery
+from weft.run.media import Showing
+from weft.run.retention import Retention, due_by_epoch
 from weft.run.train import Outcome
 
 
@@ -34,11 +37,17 @@ class Keeper:
     inputs: Mapping[str, str]  # fingerprints of clips and model, kept in the checkpoints
     provenance: Mapping[str, str]
     tell: Listener
-    gallery: Gallery
+    showing: Showing
     evaluator: Evaluator | None
     saved_at: int | None = None
     evaluated_at: int | None = None
     last: Evaluated | None = None
+    writer: CheckpointWriter = field(init=False)
+
+    def __post_init__(self) -> None:
+        save = self.config.save
+        kept = Retention(save.keep, save.keep_best, save.prune_adapters)
+        self.writer = CheckpointWriter(self.run, kept, save.background)
 
     @property
     def run(self) -> Path:
@@ -49,16 +58,25 @@ class Keeper:
         if learner.step == 0:
             self._evaluate(learner)
             if self.config.samples.baseline and self.config.samples.prompts:
-                self.gallery.sample(learner, adapter=False)
+                self.showing.sample(learner, adapter=False)
 
     def after_step(self, learner: Learner) -> None:
         step = learner.step
+        self._tell_saved()
         if due(step, self.config.validation.every):
             self._evaluate(learner)
         if due(step, self.config.samples.every):
-            self.gallery.sample(learner)
-        if due(step, self.config.save.every):
+            self.showing.sample(learner)
+        if due(step, self.config.save.every) or self._an_epoch_ended(learner):
             self.save(learner)
+
+    def _an_epoch_ended(self, learner: Learner) -> bool:
+        """Whether the last step went past so many epochs as the config wants a checkpoint after."""
+        current, per_step = under_way(learner), self.config.schedule.accumulate * learner.engine.data_world
+        if current is None:  # the end of the stretch saves of itself
+            return False
+        before = learner.drawn - per_step
+        return due_by_epoch(before, learner.drawn, current.epoch_draws, self.config.save.every_epochs)
 
     def after_experience(self, learner: Learner) -> None:
         self.finish(learner)
@@ -68,39 +86,68 @@ class Keeper:
         if self.evaluated_at != learner.step:
             self._evaluate(learner)
         self.save(learner)
+        self.settle()
 
     def save(self, learner: Learner) -> None:
-        """A checkpoint to resume from, and the adapter beside it; not twice for one step."""
+        """A checkpoint to resume from, and the adapter beside it; not twice for one step. In the background: `settle`
+        waits until it is whole. Raises RunError when the one before could not be written."""
         if self.saved_at == learner.step:
             return
+        if self.config.save.keep_best and self.evaluated_at != learner.step:
+            self._evaluate(learner)
         self.tell(PhaseStarted(phase="saving"))
-        self.export(learner, f"global_step_{learner.step}")
-        folder = save_checkpoint(self.run, learner, self.recorded(), self.config.save.keep)
+        self.writer.wait()
+        loss = self.last.loss if self.last and self.evaluated_at == learner.step else None
+        adapters = self.gathered(learner, f"global_step_{learner.step}")
+        self.writer.save(learner, self.recorded(), loss, partial(self._write, adapters))
         self.saved_at = learner.step
-        self.tell(Saved(step=learner.step, folder=str(folder)))
+        self._tell_saved()
+
+    def settle(self) -> None:
+        """Wait until everything that was saved is whole. Raises RunError."""
+        self.writer.wait()
+        self._tell_saved()
+
+    def close(self) -> None:
+        """Let what is being saved end, also when the run has failed."""
+        self.writer.close()
+
+    def _tell_saved(self) -> None:
+        for folder in self.writer.done():
+            self.tell(Saved(step=step_of(folder), folder=str(folder)))
 
     def recorded(self) -> dict[str, Any]:
         """What a checkpoint says that it was made from."""
         return {**self.config.resolved(), "inputs": dict(self.inputs)}
 
     def export(self, learner: Learner, stem: str) -> list[Path]:
-        """The adapter of each expert (its moving average, where the run keeps one) in the config's formats.
+        """Write the adapter of each expert (its moving average, where the run keeps one) in the config's formats.
 
         Returns the folders: the stem itself, or one for each expert, such as adapter_high.
         """
-        folders = []
+        adapters = self.gathered(learner, stem)
+        self.settle()
+        self.writer.shards.first(partial(self._write, adapters))
+        return list(adapters)
+
+    def gathered(self, learner: Learner, stem: str) -> dict[Path, SavedAdapter]:
+        """Folder -> adapter as it is now, in host memory. Every rank must ask."""
+        found = {}
         for role, expert in zip(learner.shown, learner.experts, strict=True):
             with averaged(learner):
                 state = learner.model.adapters.state_dict(role)
-                tensors = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+                tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
             about = {**self.provenance, "weft.step": str(learner.step), "weft.expert": expert.name,
                      "weft.times": json.dumps(expert.times)}  # fmt: skip
-            adapter = saved_adapter(self.config, learner, tensors, about)
-            folders.append(self.run / adapter_folder(stem, expert.name))
-            write_folder(folders[-1], partial(self._write, adapter))
-        return folders
+            folder = self.run / adapter_folder(stem, expert.name)
+            found[folder] = saved_adapter(self.config, learner, tensors, about)
+        return found
 
-    def _write(self, adapter: SavedAdapter, folder: Path) -> None:
+    def _write(self, adapters: Mapping[Path, SavedAdapter]) -> None:
+        for folder, adapter in adapters.items():
+            write_folder(folder, partial(self._fill, adapter))
+
+    def _fill(self, adapter: SavedAdapter, folder: Path) -> None:
         for name in self.config.formats:
             plugins.find("format", name)().write(folder, adapter)
 
@@ -144,11 +191,11 @@ class Keeper:
             "keys": [batch.keys for batch in outcome.batches],
             "metrics": {name: repr(value) for name, value in outcome.metrics.items()},
         }
-        write_json(folder / "incident.json", facts)
+        write_json(folder / f"incident.rank{learner.engine.rank}.json", facts)
         tensors = {
             f"{i}.{name}": t.cpu().contiguous() for i, b in enumerate(outcome.batches) for name, t in b.tensors.items()
         }
-        save_file(tensors, folder / "batches.safetensors")
+        save_file(tensors, folder / f"batches.rank{learner.engine.rank}.safetensors")
         return folder
 
 

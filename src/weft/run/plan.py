@@ -8,10 +8,11 @@ from weft.data.cache import CacheStatus
 from weft.data.survey import Survey
 from weft.errors import DataError, WeftError
 from weft.run.assemble import Trainable, check_engine, target_report
+from weft.run.checks import check_adapter, check_optimizer, check_samples
 from weft.run.config import RunConfig
 from weft.run.estimate import Card, Estimate, card_of, device_of, estimate, precision_of
 from weft.run.ladder import Rung, device_memory, ladder
-from weft.run.start import check_adapter, check_optimizer, check_samples
+from weft.run.surveyed import surveyed
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def plan(config: RunConfig, limit: int | None = None) -> Plan:
     problems: list[str] = []
     config = config if limit is None else for_gpu(config)
     config.objective.check(config.family)
-    survey = config.data.survey(config.family.geometry())
+    survey = surveyed(config)
     skeleton = config.family.skeleton()
     targets = target_report(config, skeleton)
     identity = config.family.identity()

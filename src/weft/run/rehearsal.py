@@ -13,19 +13,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from weft.contracts import Adapters, Denoise, Model, ModelFamily
-from weft.data.buckets import Bucket
+from weft.contracts import Adapters, Model, ModelFamily
 from weft.engines.residency import Residence
 from weft.engines.single_device import SingleEngine
 from weft.run.assemble import target_report
 from weft.run.config import RunConfig
+from weft.run.questions import Shape, answered, question
+from weft.run.stand_ins import OneOfSequence, attend_without_masks, by_flash, rehearsable
 
 PLAIN = Residence()
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """A fake network under its first role. loss(): the squared velocity of one micro-batch, with its graph."""
+    """A fake network under its first role. loss(): of one micro-batch, with its graph."""
 
     network: nn.Module
     blocks: tuple[nn.Module, ...]
@@ -39,19 +40,21 @@ class Rehearsal:
 class Stage:
     """How a rehearsal computes. weights: the dtype in which frozen weights are kept, or to which they are decoded.
 
-    depths: blocks that are left of each list of blocks; empty: all.
+    depths: blocks that are left of each list of blocks; empty: all. sequence: ranks that part the tokens, of which this
+    is one.
     """
 
     weights: torch.dtype
     precision: str = "fp32"
     residence: Residence = PLAIN
     depths: tuple[int, ...] = ()
+    sequence: int = 1
 
 
 @contextmanager
-def rehearsed(config: RunConfig, bucket: Bucket, stage: Stage) -> Iterator[Rehearsal]:
+def rehearsed(config: RunConfig, shape: Shape, stage: Stage) -> Iterator[Rehearsal]:
     """Inside, tensors are fake; they stand for the largest questions that the family is asked."""
-    family, items = config.family, config.data.batch_size
+    family = rehearsable(config.family)
     role = config.objective.roles(family.experts[:1])[0]
     with default_dtype(stage.weights):
         network = family.skeleton("meta").requires_grad_(False)
@@ -60,19 +63,20 @@ def rehearsed(config: RunConfig, bucket: Bucket, stage: Stage) -> Iterator[Rehea
         del listed[depth:]
     there = {path for path, _ in network.named_modules()}
     adapters = config.adapter.attach(network, [path for path in paths if path in there], (role,), 0)
+    if by_flash(config.family):
+        attend_without_masks(network)
+    if stage.sequence > 1:
+        family.divide(network, OneOfSequence(stage.sequence, config.parallel.sequence_method))
     with FakeTensorMode():
         let_be_fake(network)
         engine = SingleEngine(torch.device("cpu"), stage.precision, stage.residence)
         blocks = tuple(family.blocks(network))
         engine.place(network, blocks).train()
-        shape = family.geometry().latent_shape(bucket.frames, bucket.height, bucket.width)
-        given = torch.zeros(items, shape[1], dtype=torch.bool) if family.image == "frames" else None
-        question = Denoise(torch.randn(items, *shape), torch.rand(items), family.conditions(items, *shape[1:]), given)
-        model = Model(network, family, adapters)
+        asked, model = question(config, shape), Model(network, family, adapters)
 
         def loss() -> Tensor:
             with engine.computing():
-                return model.velocity(question).float().square().sum()
+                return answered(model, asked)
 
         with adapters.use(role):
             yield Rehearsal(network, blocks, adapters, role, engine, loss)

@@ -8,7 +8,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from weft.contracts import Denoise, Encoders, Engine, Expert, Model
+from weft.contracts import Denoise, Encoders, Engine, Expert, Model, as_video
 from weft.data.loader import padded
 from weft.geometry import VideoGeometry
 from weft.math.flow import TIMESTEPS
@@ -37,7 +37,7 @@ class Conditions:
 @torch.no_grad()
 def denoise(model: Model, engine: Engine, shots: Sequence[Shot], told: Told) -> Tensor:
     """Latents (B, C, f, h, w) of shots that share size, steps and guidance, under the adapters in use."""
-    first, family = shots[0], model.family
+    first, family = shots[0], as_video(model.family)
     geometry = family.geometry()
     scheduler = family.sampler(first.steps, engine.device)
     latents = torch.cat([shot.noise(geometry) for shot in shots]).to(engine.device)
@@ -92,7 +92,7 @@ def conditions(shots: Sequence[Shot], told: Told, guided: bool, embedded: bool, 
 def generate(model: Model, engine: Engine, shots: Sequence[Shot], told: Told) -> list[Tensor]:
     """Latents (1, C, f, h, w) of each shot, in order; shots of one shape are denoised together."""
     latents: dict[int, Tensor] = {}
-    for numbers in _alike(shots, model.family.geometry()):
+    for numbers in _alike(shots, as_video(model.family).geometry()):
         together = denoise(model, engine, [shots[i] for i in numbers], told)
         latents |= {i: together[k : k + 1].cpu() for k, i in enumerate(numbers)}
     return [latents[i] for i in range(len(shots))]

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from weft.data.buckets import Bucket
 from weft.engines.residency import memory_of
 from weft.errors import RunError
 from weft.run.config import RunConfig
 from weft.run.estimate import device_of
 from weft.run.ladder import changed_config, device_memory, remedies, spelled
+from weft.run.questions import Row, Shape, shape_at, shapes_of
 
 if sys.platform != "win32":
     import resource
@@ -87,16 +87,25 @@ def explained(config: RunConfig) -> Iterator[None]:
 
 def account(config: RunConfig, short: OutOfMemory, lines: Sequence[str]) -> str:
     """The sentences of the error. lines: the remedies."""
-    limit, bucket = limit_of(config), bucket_of(config, short)
-    at = "" if bucket is None or short.shape is None else f", bucket {bucket} at batch {short.shape[0]}"
+    limit, at = limit_of(config), said_of(shape_of(config, short), short)
     said = f" ({short.reason.rstrip('.')})" if short.reason else ""
     head = f"{config.folder}: out of memory on {device_of(config)} in {short.doing}{at}{said}."
     of = "" if limit is None else f" of {gib(limit)}"
     memory = "" if short.peak is None else f" At its peak it held {gib(short.peak)}{of}."
     if not lines:
-        return f"{head}{memory} No option of Weft would save more: take smaller or shorter clips, or a larger device."
+        less = "shorter rows" if config.family.medium == "text" else "smaller or shorter clips"
+        return f"{head}{memory} No option of Weft would save more: take {less}, or a larger device."
     ranked = "\n".join(f"  {i}. {line}" for i, line in enumerate(lines, start=1))
     return f"{head}{memory}\nWhat helps, the cheapest first, each on top of the last:\n{ranked}"
+
+
+def said_of(shape: Shape | None, short: OutOfMemory) -> str:
+    """Where in the data it was."""
+    if shape is None or short.shape is None:
+        return ""
+    if isinstance(shape, Row):
+        return f", {short.shape[0]} {'row' if short.shape[0] == 1 else 'rows'} of {shape.tokens:,} tokens"
+    return f", bucket {shape} at batch {short.shape[0]}"
 
 
 def advice(config: RunConfig, short: OutOfMemory) -> list[str]:
@@ -105,6 +114,9 @@ def advice(config: RunConfig, short: OutOfMemory) -> list[str]:
         smaller = "data.buckets with fewer frames or smaller sizes  (the autoencoder holds a whole clip)"
         return [*untried(config, ENCODING), smaller][:3]
     if short.doing == "sampling":
+        if config.family.medium == "text":
+            fewer = f"samples.tokens={max(1, config.samples.tokens // 2)}  (shorter replies)"
+            return [*untried(config, {"family.dtype": "fp8"}), fewer]
         samples, geometry = config.samples, config.family.geometry()
         frames = geometry.longest_clip(max(1, samples.frames // 2))
         smaller = f"samples.frames={frames}  (a shorter sample)"
@@ -112,11 +124,11 @@ def advice(config: RunConfig, short: OutOfMemory) -> list[str]:
                          for side in (samples.width, samples.height))  # fmt: skip
         half = f"samples.width={width} samples.height={height}  (a smaller one)"
         return [*untried(config, SAMPLING), smaller, half][:3]
-    bucket = bucket_of(config, short) or largest_bucket(config)
-    if bucket is None:
+    shape = shape_of(config, short) or largest_shape(config)
+    if shape is None:
         return []
     limit = limit_of(config) or short.peak or 0
-    return [rung.line() for rung in remedies(config, bucket, limit)]
+    return [rung.line() for rung in remedies(config, shape, limit)]
 
 
 def untried(config: RunConfig, changes: Mapping[str, Any]) -> list[str]:
@@ -129,19 +141,16 @@ def untried(config: RunConfig, changes: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def bucket_of(config: RunConfig, short: OutOfMemory) -> Bucket | None:
-    """The bucket of the latents at hand."""
-    if short.shape is None:
-        return None
-    geometry, (_, _, f, h, w) = config.family.geometry(), short.shape
-    frames, height, width = (f - 1) * geometry.time_stride + 1, h * geometry.space_stride, w * geometry.space_stride
-    return Bucket(frames, height, width, geometry.tokens(frames, height, width))
+def shape_of(config: RunConfig, short: OutOfMemory) -> Shape | None:
+    """The shape of the latents or ids at hand."""
+    return None if short.shape is None else shape_at(config, short.shape)
 
 
-def largest_bucket(config: RunConfig) -> Bucket | None:
-    """Of the buckets that the run's clips fall into."""
-    survey = config.data.survey(config.family.geometry())
-    return max(survey.buckets(), key=lambda bucket: bucket.tokens, default=None)
+def largest_shape(config: RunConfig) -> Shape | None:
+    """Of the shapes that the run's data has."""
+    family = config.family
+    survey = config.data.survey(family if family.medium == "text" else family.geometry())
+    return max(shapes_of(config, survey), key=lambda shape: shape.tokens, default=None)
 
 
 def peak_of(device: torch.device) -> int | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weft.contracts import Encoders, ModelFamily
+from weft.contracts import Encoders, VideoFamily
 from weft.data.media import read_image
 from weft.errors import ConfigError, DataError
 from weft.geometry import VideoGeometry
@@ -61,7 +61,7 @@ def shots_of(samples: Samples) -> list[Shot]:
     ]  # fmt: skip
 
 
-def check_shots(family: ModelFamily, shots: Sequence[Shot], place: str) -> None:
+def check_shots(family: VideoFamily, shots: Sequence[Shot], place: str) -> None:
     """Raises ConfigError for what the model cannot make. place: put before each name, such as 'samples.'."""
     problems: list[str] = []
     for shot in shots[:1]:  # all have one size and one guidance
@@ -120,7 +120,7 @@ def place_of(shot: Shot) -> tuple[Any, ...]:
     return (shot.image, shot.frames, shot.height, shot.width)
 
 
-def encoded(shots: Iterable[Shot], family: ModelFamily, encoders: Encoders) -> Told:
+def encoded(shots: Iterable[Shot], family: VideoFamily, encoders: Encoders) -> Told:
     """Texts and first frames of shots. Raises DataError for an image that cannot be read."""
     told = Told()
     shots = list(shots)

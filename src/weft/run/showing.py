@@ -63,6 +63,8 @@ class Gallery:
             staged(learner, everyone) as model,
         ):  # fmt: skip
             latents = generate(model, learner.engine, shots, self.told)
+        if learner.engine.rank != 0:  # every rank answers, for a sharded network answers all at once; one writes
+            return []
         folder = self.config.folder / "samples" / (f"step_{learner.step:06d}" if adapter else "base")
         folder.mkdir(parents=True, exist_ok=True)
         encoders = self.encoders.open()

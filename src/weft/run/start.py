@@ -1,43 +1,36 @@
 """One training run from its config to its adapter: check, cache, assemble, resume, train, export."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from torch import nn
 
-from weft.adapters.targets import TargetReport
-from weft.config.show import Change, diff
+from weft.contracts import Engine
 from weft.data.cache import CacheStatus
-from weft.data.survey import Survey
 from weft.durable import write_whole
 from weft.errors import ConfigError, RunError
 from weft.events import Listener, Notice, PhaseStarted, RunEnded, RunStarted, tell_all
-from weft.formats.reading import read_adapter
-from weft.run.assemble import (
-    assemble,
-    check_engine,
-    count_parameters,
-    find_adapter,
-    free_memory,
-    start_from,
-    target_report,
-)
-from weft.run.checkpoint import find_checkpoint, read_checkpoint, restore_learner, seed_chance, set_aside_after
-from weft.run.config import FIXED_ON_RESUME, FREE_ON_RESUME, RunConfig
+from weft.run.assemble import assemble, count_parameters, free_memory, start_from
+from weft.run.checkpoint import restore_learner
+from weft.run.checkpoint_folders import find_checkpoint, set_aside_after
+from weft.run.checkpoint_tree import seed_chance
+from weft.run.checks import check, items_per_step, settled
+from weft.run.config import RunConfig
 from weft.run.evaluate import Evaluator
 from weft.run.folder import claim, environment, is_disk_full, remove_leftovers, write_json
-from weft.run.gpu_log import open_gpu_log
+from weft.run.gpu_log import open_gpu_log, remove_dead
 from weft.run.learner import Learner
 from weft.run.listeners import EventLog
+from weft.run.media import opened
 from weft.run.milestones import Keeper
-from weft.run.provenance import manifest_hash, provenance
+from weft.run.provenance import provenance
+from weft.run.ranks import decided
+from weft.run.resuming import resumed_state
 from weft.run.shortage import explained, naming
-from weft.run.shots import check_shots, shots_of
-from weft.run.showing import Gallery, LazyEncoders
+from weft.run.trackers import trackers
 from weft.run.train import Course, train
 
 
@@ -62,104 +55,105 @@ def train_run(
     stop: Callable[[], bool] = lambda: False,
     input_text: str = "",
 ) -> Result:
-    """Train as the config says, from the newest checkpoint where there is one. Raises WeftError."""
-    survey = check(config)
-    run = config.folder
-    checkpoint, passed = find_checkpoint(run, config.resume)
-    inputs = inputs_of(config, survey)
-    state = resumed_state(config, inputs, checkpoint)
-    run.mkdir(parents=True, exist_ok=True)
-    process = claim(run)
-    log = EventLog(run / "events.rank0.jsonl")
-    tell = tell_all(log, open_gpu_log(run, config.engine.open().device), tell)
-    learner: Learner | None = None
+    """Train as the config says, from the newest checkpoint where there is one. Raises WeftError.
+
+    Every rank of a group of processes calls it; rank 0 alone writes what a run has once.
+    """
+    engine = config.engine.open(config.parallel)
     try:
-        remove_leftovers(run)
-        write_inputs(config, input_text)
-        for sentence in passed:
-            tell(Notice(text=sentence))
-        if checkpoint is None or checkpoint.parent == run / "checkpoints":
-            for folder in set_aside_after(run, checkpoint):
-                tell(Notice(text=f"{folder.name}: a checkpoint beyond the start of this run, set aside"))
-        with explained(config):
-            learner, keeper, stream = prepare(config, survey, inputs, tell)
-            seed_chance(config.seed)
-            if state is None:
-                start_from(config, learner)
-            else:
-                restore_learner(learner, state)
-                keeper.saved_at = learner.step
-            tell(started(config, learner, checkpoint))
-            keeper.before_start(learner)
-            tell(PhaseStarted(phase="training", total=config.schedule.steps))
-            finished = train(learner, stream, Course(config.schedule, keeper, tell, stop))
-            result = conclude(learner, keeper, finished)
-            tell(RunEnded(step=learner.step, outcome="finished" if finished else "stopped"))
-        return result
+        survey = check(config, engine, tell)
+        config = settled(config, survey, engine.data_world)
+        inputs = inputs_of(config, survey, engine)
+        found, passed = decided(engine, lambda: chosen_checkpoint(config))
+        checkpoint = Path(found) if found else None
+        state = resumed_state(config, inputs, checkpoint)
+        with open_run(config, engine, tell, input_text) as run:
+            for sentence in passed:
+                run.tell(Notice(text=sentence))
+            for name in decided(engine, lambda: aside(config.folder, checkpoint)):
+                run.tell(Notice(text=f"{name}: a checkpoint beyond the start of this run, set aside"))
+            with explained(config):
+                learner, keeper, stream = prepare(config, survey, inputs, engine, run.tell)
+                run.learner, run.keeper = learner, keeper
+                seed_chance(config.seed)
+                if state is None:
+                    start_from(config, learner)
+                else:
+                    restore_learner(learner, state)
+                    keeper.saved_at = learner.step
+                run.tell(started(config, learner, checkpoint))
+                keeper.before_start(learner)
+                run.tell(PhaseStarted(phase="training", total=config.schedule.steps))
+                finished = train(learner, stream, Course(config.schedule, keeper, run.tell, stop))
+                result = conclude(learner, keeper, finished)
+                run.tell(RunEnded(step=learner.step, outcome="finished" if finished else "stopped"))
+            return result
+    finally:
+        engine.close()
+
+
+@dataclass
+class OpenRun:
+    """A run that this process is at work on. learner: once there is one."""
+
+    tell: Listener
+    learner: Learner | None = None
+    keeper: Keeper | None = None
+
+    @property
+    def step(self) -> int:
+        return self.learner.step if self.learner else 0
+
+
+@contextmanager
+def open_run(config: RunConfig, engine: Engine, tell: Listener, input_text: str) -> Iterator[OpenRun]:
+    """Claim the run's folder, open this rank's logs, and write down how it ended when it failed."""
+    run = config.folder
+    run.mkdir(parents=True, exist_ok=True)
+    if engine.rank == 0:
+        claim(run)
+        remove_leftovers(run)  # before another rank writes: its drafts would be taken for leftovers
+        remove_dead(run)
+    engine.barrier()
+    process = claim(run, engine.rank)
+    log = EventLog(run / f"events.rank{engine.rank}.jsonl")
+    own = tell_all(log, open_gpu_log(run, engine), tell)
+    work = OpenRun(tell_all(own, *(trackers(config, own) if engine.rank == 0 else ())))
+    try:
+        if engine.rank == 0:
+            write_inputs(config, input_text, engine)
+        engine.barrier()
+        yield work
     except BaseException as failed:
         if is_disk_full(failed):  # nor could the log take another line
             raise RunError(
-                f"{run}: the disk is full, at step {learner.step if learner else 0}. Older checkpoints are untouched: "
+                f"{run}: the disk is full, at step {work.step}. Older checkpoints are untouched: "
                 "free some space and run the same command again to go on from the newest."
             ) from failed
         reason = f"{type(failed).__name__}: {failed}".splitlines()[0]
-        tell(RunEnded(step=learner.step if learner else 0, outcome="failed", reason=reason))
+        work.tell(RunEnded(step=work.step, outcome="failed", reason=reason))
         raise
     finally:
+        if work.keeper is not None:
+            work.keeper.close()
         log.close()
         process.unlink(missing_ok=True)
 
 
-def check(config: RunConfig) -> Survey:
-    """All that can be refused before weights are read: model files, clips, targets, buckets, sample sizes."""
-    config.objective.check(config.family)
-    survey = config.data.survey(config.family.geometry())
-    survey.refuse_when_unusable(config.data.unreadable)
-    check_samples(config)
-    check_adapter(config, target_report(config, config.family.skeleton()))
-    check_engine(config, config.engine.open())
-    check_optimizer(config)
-    return survey
+def chosen_checkpoint(config: RunConfig) -> tuple[str | None, list[str]]:
+    """The checkpoint to go on from, and a sentence for each that was passed over."""
+    checkpoint, passed = find_checkpoint(config.folder, config.resume)
+    return str(checkpoint) if checkpoint else None, passed
 
 
-def check_adapter(config: RunConfig, targets: TargetReport) -> None:
-    """Raises WeftError for an adapter to start from that is not there, or that stands on other layers."""
-    path = config.adapter.start_from
-    if path is None:
-        return
-    for role in config.objective.shown(config.family.experts):
-        check_earlier(config, targets, find_adapter(path, role))
+def aside(run: Path, checkpoint: Path | None) -> list[str]:
+    """Set later checkpoints of the run aside; not those of another run that this one begins from."""
+    if checkpoint is not None and checkpoint.parent != run / "checkpoints":
+        return []
+    return [folder.name for folder in set_aside_after(run, checkpoint)]
 
 
-def check_earlier(config: RunConfig, targets: TargetReport, path: Path) -> None:
-    """Raises WeftError for one adapter that cannot be started from."""
-    earlier = read_adapter(path)
-    if mends := config.adapter.differences(earlier):
-        raise ConfigError(
-            f"adapter.start_from: {path} is of kind {earlier.kind} and rank {earlier.rank}, which the config cannot "
-            "continue. "
-            f"Write {' '.join(mends)}."
-        )
-    others = set(earlier.paths) ^ set(targets.paths)
-    if others:
-        raise ConfigError(
-            f"adapter.start_from: {path} and adapter.targets differ in {len(others)} layers, "
-            f"first '{min(others)}'. Name the same targets."
-        )
-
-
-def check_optimizer(config: RunConfig) -> None:
-    """Raises ConfigError for an optimizer that is not there or refuses its arguments; a parameter of one number
-    stands for the adapter's."""
-    config.optimizer.build({"w": nn.Parameter(torch.zeros(1))}, config.adapter.lr_factor)
-
-
-def check_samples(config: RunConfig) -> None:
-    """Raises ConfigError for sample sizes and first frames that the model cannot take."""
-    check_shots(config.family, shots_of(config.samples), "samples.")
-
-
-def fill_cache(config: RunConfig, survey: Survey, tell: Listener) -> CacheStatus:
+def fill_cache(config: RunConfig, survey: Any, tell: Listener) -> CacheStatus:
     """Encode what the disk cache lacks, and say what it holds then. Raises ConfigError for a cache of another kind."""
     if config.data.cache != "disk":
         raise ConfigError(f"data.cache: '{config.data.cache}' keeps nothing for later. Write data.cache=disk.")
@@ -175,27 +169,26 @@ def fill_cache(config: RunConfig, survey: Survey, tell: Listener) -> CacheStatus
     return store.status()
 
 
-def inputs_of(config: RunConfig, survey: Survey) -> dict[str, str]:
-    """What a run is made of besides its config: fingerprints of the clips as they will be trained on, and of the
-    model's parts."""
-    return {"clips": manifest_hash(survey), **config.family.identity()}
+def inputs_of(config: RunConfig, survey: Any, engine: Engine) -> dict[str, str]:
+    """What a run is made of besides its config: fingerprints of the data as it will be trained on and of the model's
+    parts, and how much of it a step takes."""
+    return {
+        "data": survey.digest(),
+        "items_per_step": str(items_per_step(config, engine.data_world)),
+        **config.family.identity(),
+    }
 
 
 def prepare(
-    config: RunConfig, survey: Survey, inputs: Mapping[str, str], tell: Listener
+    config: RunConfig, survey: Any, inputs: Mapping[str, str], engine: Engine, tell: Listener
 ) -> tuple[Learner, Keeper, Sequence[Any]]:
     """Cached data, an assembled learner, and what happens between its steps."""
-    engine = config.engine.open()
     tell(PhaseStarted(phase="starting"))
-    encoders = LazyEncoders(lambda: config.family.encoders(engine.device, engine.carry))
-    with naming("caching", engine.device):
-        dataset = config.data.open(
-            survey, inputs, encoders.open, tell, seed=config.seed, last_step=config.schedule.steps
-        )
-    if config.data.cache != "off":
-        encoders.close()
+    dataset, showing = opened(config, survey, inputs, engine, tell)
+    engine.barrier()  # until the last rank has encoded its part
     free_memory()
     learner = assemble(config, engine)
+    learner.stream = [dataset.train]
     evaluator = None
     if survey.validation and config.validation.every:
         batches, failed = dataset.validation()
@@ -203,18 +196,18 @@ def prepare(
             tell(Notice(text=f"validation: {item.key} cannot be measured: {item.reason}"))
         evaluator = Evaluator(batches, len(failed), config.validation.seed)
     facts = provenance(config, survey, inputs, engine.device)
-    gallery = Gallery(config, tell, encoders, survey.fps)
-    keeper = Keeper(config, inputs, facts, tell, gallery, evaluator)
-    return learner, keeper, [dataset.train]
+    keeper = Keeper(config, inputs, facts, tell, showing, evaluator)
+    return learner, keeper, learner.stream
 
 
 def conclude(learner: Learner, keeper: Keeper, finished: bool) -> Result:
     """Save; at the end also the finished adapter and its samples."""
     keeper.save(learner)
+    keeper.settle()
     if not finished:
         return Result(keeper.run, learner.step, False, None)
     folders = keeper.export_final(learner)
-    keeper.gallery.sample(learner)
+    keeper.showing.sample(learner)
     last = keeper.last
     return Result(
         keeper.run, learner.step, True, folders[0], last.loss if last else None, last.baseline if last else None,
@@ -235,43 +228,10 @@ def started(config: RunConfig, learner: Learner, checkpoint: Path | None) -> Run
     )
 
 
-def write_inputs(config: RunConfig, input_text: str) -> None:
+def write_inputs(config: RunConfig, input_text: str, engine: Engine) -> None:
     """The resolved config, the user's own text, and the environment, in the run's folder."""
     run = config.folder
     write_whole(run / "config.yaml", yaml.safe_dump(config.resolved(), sort_keys=False, allow_unicode=True))
     if input_text:
         write_whole(run / "config.input.yaml", input_text)
-    write_json(run / "environment.json", environment(config.engine.device))
-
-
-def resumed_state(config: RunConfig, inputs: Mapping[str, str], checkpoint: Path | None) -> Mapping[str, Any] | None:
-    """The checkpoint's state. Raises RunError with the differences when its config or its inputs are others."""
-    if checkpoint is None:
-        return None
-    state, old = read_checkpoint(checkpoint)
-    now = {**config.resolved(), "inputs": dict(inputs)}
-    changes = [c for c in diff(old, now) if not is_free(c, config.resume_allow)]
-    if changes:
-        lines = "\n".join(f"  {c.path}: {c.old!r} -> {c.new!r}" for c in changes)
-        paths = sorted({c.path for c in changes})
-        fixed = [path for path in paths if is_under(path, FIXED_ON_RESUME)]
-        allow = "" if fixed else f", or allow it: resume_allow=[{','.join(paths)}]"
-        raise RunError(
-            f"{config.folder} cannot go on from {checkpoint.name}: what it is made of has changed since.\n{lines}\n"
-            f"Change it back, or give the run another 'name'{allow}."
-        )
-    if state["step"] > config.schedule.steps:
-        raise RunError(
-            f"{checkpoint} is at step {state['step']}, beyond schedule.steps ({config.schedule.steps}). Raise it."
-        )
-    return state
-
-
-def is_free(change: Change, allowed: Sequence[str]) -> bool:
-    """Whether a change alters no number of the training, or is allowed by name."""
-    return is_under(change.path, (*FREE_ON_RESUME, *allowed))
-
-
-def is_under(path: str, keys: Sequence[str]) -> bool:
-    """Whether a dotted path is one of the keys or lies within one."""
-    return any(path == key or path.startswith(f"{key}.") for key in keys)
+    write_json(run / "environment.json", environment(str(engine.device)))

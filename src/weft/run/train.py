@@ -23,6 +23,7 @@ class Outcome:
     metrics: dict[str, float]
     steps: dict[str, Stepped]
     batches: Sequence[Batch]
+    stopping: bool = False  # whether any rank was asked to stop when the phase began
 
     @property
     def moved(self) -> bool:
@@ -54,19 +55,25 @@ class Course:
 
 
 def train(learner: Learner, stream: Sequence[Experience], course: Course) -> bool:
-    """Go through the stream's experiences in order, from where the learner stands. False when it was stopped."""
+    """Go through the stream's experiences in order, from where the learner stands. False when it was stopped.
+
+    One process stops before its next step. Of several each may hear of it at another time, so the word travels with the
+    step's own sums, and all of them stop after that step.
+    """
+    engine = learner.engine
     for experience in stream:
         if learner.step >= experience.last_step:
             continue
-        feed = experience.batches(learner.drawn, learner.engine.rank, learner.engine.world)
+        feed = experience.batches(learner.drawn, engine.data_rank, engine.data_world)
         while learner.step < experience.last_step:
-            if course.stop():
+            if engine.world == 1 and course.stop():
                 return False
-            watch, metrics, keys = Stopwatch(course.wait), {}, []
+            watch, metrics, keys, stopping = Stopwatch(course.wait), {}, [], False
             for phase in learner.objective.phases(learner.step, learner.experts):
                 outcome = run_phase(phase, learner, feed, course, watch)
                 metrics |= outcome.metrics | settle(phase, learner, outcome, course)
                 keys.extend(key for batch in outcome.batches for key in batch.keys)
+                stopping |= outcome.stopping
             learner.step += 1
             seconds = watch.seconds()
             course.tell(
@@ -75,6 +82,8 @@ def train(learner: Learner, stream: Sequence[Experience], course: Course) -> boo
                 )
             )
             course.milestones.after_step(learner)
+            if stopping and engine.world > 1:
+                return False
         learner.drawn = 0
         course.milestones.after_experience(learner)
     return True
@@ -84,36 +93,39 @@ def run_phase(phase: Phase, learner: Learner, feed: Iterator[Batch], course: Cou
     """One backward pass under one role, and the optimizers that it moves."""
     objective, engine, schedule = learner.objective, learner.engine, course.schedule
     set_learning_rates(learner, phase, schedule)
-    batches, first = [engine.put(next(feed)) for _ in range(schedule.accumulate)], learner.drawn
-    earlier = learner.pace.done(phase.name, learner.step) * schedule.accumulate
+    batches = [engine.put(next(feed)) for _ in range(schedule.accumulate)]
+    learner.drawn += len(batches) * engine.data_world
     watch.lap("data")
-    items = engine.total(torch.tensor(sum(map(objective.count, batches)), device=engine.device))
+    stop = engine.world > 1 and course.stop()
+    asked = torch.tensor([sum(map(objective.count, batches)), int(stop)], device=engine.device)
+    items, stopping = engine.total(asked).unbind()
     sums: dict[str, Tensor] = {}
     # Backward stays inside the role: there a recomputed block runs its forward a second time.
     with learner.model.adapters.use(phase.role):
-        for i, batch in enumerate(batches, start=1):
-            learner.drawn, shape = first + i, shape_of(batch)
+        for i, batch in enumerate(batches):
+            shape = shape_of(batch)
             with engine.computing(), naming("forward", engine.device, shape):
-                rng = learner.rng(phase.name, earlier + i - 1)
+                rng = learner.rng(phase.name, i, schedule.accumulate)
                 loss = objective.loss(phase.name, learner.model, batch, learner.state, rng)
             watch.lap("forward")
             with naming("backward", engine.device, shape):
-                engine.backward(loss.total / items, last=i == len(batches))
+                engine.backward(loss.total / items, last=i == len(batches) - 1)
             watch.lap("backward")
             for name, value in {"loss": loss.total, **loss.metrics}.items():
                 sums[name] = sums.get(name, torch.zeros((), device=engine.device)) + value.detach()
     with naming("optimizer", engine.device, shape_of(batches[0])):
         steps = {name: engine.step(learner.optimizers[name], schedule.max_norm) for name in phase.optimizers}
     watch.lap("optimizer")
-    means = {f"{phase.name}/{name}": float(engine.total(value) / items) for name, value in sums.items()}
+    totals = engine.total(torch.stack(list(sums.values()))) / items
+    means = {f"{phase.name}/{name}": value for name, value in zip(sums, totals.tolist(), strict=True)}
     norms = {f"{name}/grad_norm": step.norm for name, step in steps.items()}
-    return Outcome(means | norms | learning_rates(learner, phase), steps, batches)
+    return Outcome(means | norms | learning_rates(learner, phase), steps, batches, bool(stopping))
 
 
 def shape_of(batch: Batch) -> tuple[int, ...] | None:
-    """Shape of a batch's latents, where it has some: what a shortage of memory is told with."""
-    latents = batch.tensors.get("latents")
-    return None if latents is None else tuple(latents.shape)
+    """Shape of a batch's latents, or of its rows of tokens: what a shortage of memory is told with."""
+    main = batch.tensors.get("latents", batch.tensors.get("ids"))
+    return None if main is None else tuple(main.shape)
 
 
 def settle(phase: Phase, learner: Learner, outcome: Outcome, course: Course) -> dict[str, float]:

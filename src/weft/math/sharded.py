@@ -1,0 +1,66 @@
+"""Tensors that may lie in parts on several processes: the whole of one, and one's own part of a whole.
+
+Ordinary tensors are their own whole. Of DTensors those are meant that FSDP2 makes: cut along dimensions, or copied.
+ZeRO-3 spreads frozen weights alone: adapters stay whole under it, so that `fill` and `like` meet ordinary tensors.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+@runtime_checkable
+class Spread(Protocol):
+    """What DeepSpeed's ZeRO-3 makes of a parameter: empty until it is gathered."""
+
+    ds_id: int
+
+    def all_gather(self, param_list: Sequence[Any]) -> Any: ...
+    def partition(self, param_list: Sequence[Any]) -> Any: ...
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor: of one that is sharded put together from all processes, every one of which must ask; else
+    itself."""
+    if not tensor.numel() and isinstance(tensor, Spread):
+        tensor.all_gather([tensor])
+        found = tensor.detach().clone()
+        tensor.partition([tensor])
+        return found
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def held(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, in the same memory: of a DTensor its part, which may be empty."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def fill(target: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor into a target of its shape; of a sharded one into the part that is here, in silence."""
+    assert target.shape == value.shape, f"{tuple(value.shape)} into {tuple(target.shape)}"
+    held(target).copy_(_part(target, value))
+
+
+@torch.no_grad()
+def like(target: Tensor, value: Tensor) -> Tensor:
+    """A new tensor with a whole tensor's numbers and dtype, on the target's device and sharded as that is."""
+    assert target.shape == value.shape, f"{tuple(value.shape)} like {tuple(target.shape)}"
+    part = torch.empty_like(held(target), dtype=value.dtype, requires_grad=False).copy_(_part(target, value))
+    if not isinstance(target, DTensor):
+        return part
+    return DTensor.from_local(
+        part, target.device_mesh, target.placements, run_check=False, shape=target.shape, stride=target.stride()
+    )
+
+
+def _part(target: Tensor, value: Tensor) -> Tensor:
+    """A view of what this process holds of the target, in a whole tensor."""
+    if not isinstance(target, DTensor):
+        return value
+    sizes, begins = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
+    return value[tuple(slice(begin, begin + size) for begin, size in zip(begins, sizes, strict=True))]

@@ -1,0 +1,42 @@
+"""Whether a run may go on from a checkpoint: what it is made of must be what it was, but for what changes no number."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from weft.config.show import Change, diff
+from weft.errors import RunError
+from weft.run.checkpoint import Checkpoint, read_checkpoint
+from weft.run.config import FIXED_ON_RESUME, FREE_ON_RESUME, RunConfig
+
+
+def resumed_state(config: RunConfig, inputs: Mapping[str, str], checkpoint: Path | None) -> Checkpoint | None:
+    """The checkpoint, its tensors unread. Raises RunError with the differences when config or inputs are others."""
+    if checkpoint is None:
+        return None
+    saved = read_checkpoint(checkpoint)
+    now = {**config.resolved(), "inputs": dict(inputs)}
+    changes = [c for c in diff(saved.config, now) if not is_free(c, config.resume_allow)]
+    if changes:
+        lines = "\n".join(f"  {c.path}: {c.old!r} -> {c.new!r}" for c in changes)
+        paths = sorted({c.path for c in changes})
+        fixed = [path for path in paths if is_under(path, FIXED_ON_RESUME)]
+        allow = "" if fixed else f", or allow it: resume_allow=[{','.join(paths)}]"
+        raise RunError(
+            f"{config.folder} cannot go on from {checkpoint.name}: what it is made of has changed since.\n{lines}\n"
+            f"Change it back, or give the run another 'name'{allow}."
+        )
+    if saved.step > config.schedule.steps:
+        raise RunError(
+            f"{checkpoint} is at step {saved.step}, beyond schedule.steps ({config.schedule.steps}). Raise it."
+        )
+    return saved
+
+
+def is_free(change: Change, allowed: Sequence[str]) -> bool:
+    """Whether a change alters no number of the training, or is allowed by name."""
+    return is_under(change.path, (*FREE_ON_RESUME, *allowed))
+
+
+def is_under(path: str, keys: Sequence[str]) -> bool:
+    """Whether a dotted path is one of the keys or lies within one."""
+    return any(path == key or path.startswith(f"{key}.") for key in keys)

@@ -1,0 +1,155 @@
+"""`weft launch`: job files for clusters. Slurm's script is run, with programs of the test's in the place of Slurm's."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from weft.cli.launch import KINDS
+from weft.cli.main import main
+from weft.run.listeners import read_events
+
+
+def written(run_yaml: Path, kind: str, *options: str) -> str:
+    """The job file of a kind."""
+    out = run_yaml.with_name(f"job.{kind}")
+    assert main(["launch", str(run_yaml), f"--{kind}", "--out", str(out), *options]) == 0
+    return out.read_text()
+
+
+def options_of(script: str) -> dict[str, str]:
+    """Slurm's options in a batch script."""
+    lines = [line.partition("#SBATCH --")[2].split("  #")[0] for line in script.splitlines()]
+    return {name.strip(): value.strip() for line in lines if line for name, _, value in [line.partition("=")]}
+
+
+# ---- What the files say --------------------------------------------------------------------------------------------
+
+
+def test_slurm_starts_one_task_on_each_host_and_queues_again_after_a_preemption(run_yaml):
+    script = written(run_yaml, "slurm", "--nodes", "4", "--gpus", "8", "--time", "30.5", "--partition", "a100")
+    found = options_of(script)
+    assert {name: found[name] for name in ("nodes", "ntasks-per-node", "gpus-per-node", "partition", "time")} == {
+        "nodes": "4", "ntasks-per-node": "1", "gpus-per-node": "8", "partition": "a100", "time": "1-06:30:00",
+    }  # fmt: skip
+    assert found["signal"] == "B:TERM@120" and "requeue" in found and found["open-mode"] == "append"
+    assert f'weft train --gpus 8 --nodes 4 --rendezvous "$FIRST:$PORT" {run_yaml}' in script
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_skypilot_gets_a_managed_job_on_spot_machines_whose_stop_is_no_end(run_yaml):
+    task = yaml.safe_load(written(run_yaml, "skypilot", "--nodes", "2", "--accelerator", "A100"))
+    assert task["num_nodes"] == 2 and task["resources"]["accelerators"] == "A100:8"
+    assert task["resources"]["use_spot"] and task["resources"]["job_recovery"]["recover_on_exit_codes"] == [130, 143]
+    assert '--node-rank "$SKYPILOT_NODE_RANK"' in task["run"] and task["run"].endswith("output=/runs\n")
+    assert task["file_mounts"]["/runs"]["mode"] == "MOUNT"
+    subprocess.run(["bash", "-n"], input=task["run"], text=True, check=True)
+
+
+def containers(job: dict[str, Any]) -> list[dict[str, Any]]:
+    return [role["template"]["spec"]["containers"][0] for role in job["spec"]["pytorchReplicaSpecs"].values()]
+
+
+def test_kubeflow_v1_gets_a_master_and_workers_whose_containers_are_called_pytorch(run_yaml):
+    job = yaml.safe_load(written(run_yaml, "k8s-v1", "--nodes", "3", "--gpus", "4", "--image", "me/weft:1"))
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    replicas = {name: role["replicas"] for name, role in job["spec"]["pytorchReplicaSpecs"].items()}
+    assert replicas == {"Master": 1, "Worker": 2}
+    for container in containers(job):
+        assert container["name"] == "pytorch" and container["image"] == "me/weft:1"
+        assert container["resources"]["limits"] == {"nvidia.com/gpu": 4}
+        assert (
+            'exec env -u RANK -u WORLD_SIZE weft train --gpus 4 --nodes 3 --node-rank "$RANK"' in container["args"][0]
+        )
+
+
+def test_kubeflow_v2_gets_a_train_job_of_the_torch_runtime(run_yaml):
+    job = yaml.safe_load(written(run_yaml, "k8s", "--nodes", "2"))
+    assert (job["apiVersion"], job["kind"]) == ("trainer.kubeflow.org/v1alpha1", "TrainJob")
+    assert job["spec"]["runtimeRef"]["name"] == "torch-distributed" and job["spec"]["trainer"]["numNodes"] == 2
+    assert '--rendezvous "$PET_MASTER_ADDR:29500"' in job["spec"]["trainer"]["args"][0]
+    assert job["spec"]["podTemplateOverrides"][0]["targetJobs"] == [{"name": "node"}]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_host_meets_nobody_and_the_way_to_submit_is_told(run_yaml, capsys, kind):
+    assert "--rendezvous" not in written(run_yaml, kind)
+    assert f"Submit it: {KINDS[kind].submit} " in capsys.readouterr().out
+
+
+def test_what_cannot_run_is_refused_before_it_is_queued(run_yaml, capsys):
+    assert main(["launch", str(run_yaml), "--slurm", "--nodes", "2", "--gpus", "4", "parallel.shard=3"]) == 2
+    assert "parallel: " in capsys.readouterr().err
+    assert main(["launch", str(run_yaml), "--slurm", "--gpus", "0"]) == 2
+    assert "--gpus: 0 is none" in capsys.readouterr().err
+
+
+def test_a_file_that_is_there_is_kept(run_yaml, capsys):
+    run_yaml.with_suffix(".sbatch").write_text("edited")
+    assert main(["launch", str(run_yaml), "--slurm"]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert run_yaml.with_suffix(".sbatch").read_text() == "edited"
+
+
+# ---- Slurm's script, run -------------------------------------------------------------------------------------------
+
+SRUN = '#!/bin/sh\nwhile [ "${1#--}" != "$1" ]; do shift; done\nexec "$@"\n'
+SCONTROL = """#!/bin/sh
+case "$1 $2" in
+    "show hostnames") echo localhost ;;
+    "show job") echo "JobState=RUNNING" ;;
+    "requeue 77") echo again >> "$REQUEUED" ;;
+esac
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> dict[str, str]:
+    """The environment of a batch job on a cluster of one host."""
+    programs = {"srun": SRUN, "scontrol": SCONTROL, "weft": f'#!/bin/sh\nexec {sys.executable} -m weft "$@"\n'}
+    (tmp_path / "bin").mkdir()
+    for name, text in programs.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    return {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "77",
+            "SLURM_JOB_NODELIST": "localhost", "REQUEUED": f"{tmp_path}/requeued", "OMP_NUM_THREADS": "1"}  # fmt: skip
+
+
+def submitted(script: Path, cluster: dict[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        ["bash", str(script)], env=cluster, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.mark.slow
+def test_a_preempted_job_comes_back_and_ends_with_the_adapter_of_an_unbroken_one(run_yaml, cluster, tmp_path):
+    scripts, finished = {}, {}
+    for name in ("unbroken", "broken"):
+        scripts[name] = tmp_path / f"{name}.sbatch"
+        own = [f"name={name}", "schedule.steps=60", "save.every=0"]
+        assert main(["launch", str(run_yaml), "--slurm", "--processes", "2", "--out", str(scripts[name]), *own]) == 0
+        finished[name] = tmp_path / "runs" / name / "adapter" / "adapter_model.safetensors"
+    job = submitted(scripts["broken"], cluster)
+    log = tmp_path / "runs" / "broken" / "events.rank0.jsonl"
+    while not (log.is_file() and any(event["event"] == "step" for event in read_events(log))) and job.poll() is None:
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)  # to the script alone, as --signal=B: says
+    said, _ = job.communicate(timeout=120)
+    assert job.returncode == 143, said
+    assert (tmp_path / "requeued").read_text() == "again\n" and not finished["broken"].exists(), said
+    for name, script in scripts.items():
+        job = submitted(script, cluster)
+        said, _ = job.communicate(timeout=120)
+        assert job.returncode == 0, said
+        assert ("resumed from" in said) == (name == "broken")
+    unbroken, broken = load_file(finished["unbroken"]), load_file(finished["broken"])
+    assert unbroken.keys() == broken.keys() and all(torch.equal(broken[name], unbroken[name]) for name in unbroken)
+    assert (tmp_path / "requeued").read_text() == "again\n"
