@@ -1,6 +1,7 @@
 """weft plan: what a run would do, told before any weight is read."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from weft.run.plan import Plan
 
 SHOWN = 40  # clips, unless --all
+NAMED = 5  # texts that are too long or unreadable, unless --all
 
 
 def run(argv: Sequence[str]) -> int:
@@ -21,7 +23,9 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--all", action="store_true", help=f"every clip, not only {SHOWN}")
     parser.add_argument("--memory", metavar="SIZE", help="plan for a device of this memory, such as 16GiB")
+    parser.add_argument("--processes", type=int, metavar="N", help="plan for so many processes; none is started")
     arguments = parser.parse_intermixed_args(argv)
+    processes = processes_of(arguments.processes)
 
     from weft.cli.train import quiet_libraries
     from weft.run.config import load_config
@@ -34,42 +38,57 @@ def run(argv: Sequence[str]) -> int:
     from weft.run.ladder import size_of
     from weft.run.plan import plan, refuse
 
-    made = plan(config, size_of(arguments.memory) if arguments.memory else None)
+    made = plan(config, size_of(arguments.memory) if arguments.memory else None, processes)
     print_plan(config, made, Console(highlight=False), everything=arguments.all)
     refuse(made.problems)
     return 0
 
 
+def processes_of(asked: int | None) -> int | None:
+    """As many as were asked for, or as a launcher has started. Raises ConfigError."""
+    from weft.errors import ConfigError
+
+    if asked is not None and asked < 1:
+        raise ConfigError(f"--processes: {asked} is no number of processes; write 1 or more.")
+    started = os.environ.get("WORLD_SIZE", "")
+    return asked or (int(started) if started.isdecimal() and int(started) > 1 else None)
+
+
 def print_plan(config: "RunConfig", plan: "Plan", console: "Console", everything: bool) -> None:
-    """Clips, buckets with their memory, targets, and the run in numbers."""
-    print_clips(plan, console, everything)
-    print_buckets(config, plan, console)
+    """Data, shapes with their memory, processes, targets, and the run in numbers."""
+    if config.family.medium == "text":
+        print_texts(config, plan, console, everything)
+    else:
+        print_clips(plan, console, everything)
+    print_shapes(config, plan, console)
+    print_processes(plan, console)
     print_memory(plan, console)
     print_targets(plan, console)
-    schedule = config.schedule
-    per_step = config.data.batch_size * schedule.accumulate
+    items = "rows" if config.family.medium == "text" else "clips"
     held_out = len(plan.survey.validation)
-    print_experts(config, console)
+    epochs = "streamed data, whose epochs have no known length"
+    if plan.epochs is not None:
+        epochs = f"{plan.epochs:.1f} epochs of {plan.steps_per_epoch} steps"
+    print_experts(config, plan.steps, console)
     console.print(
         f"{plan.parameters.line()}\n"
         f"{config.adapter.summary()}, precision {plan.precision}\n"
-        f"{schedule.steps} steps of {per_step} clips = {plan.epochs(schedule.steps):.1f} epochs of "
-        f"{plan.steps_per_epoch} steps; "
-        f"{held_out or 'no'} clips held out for validation\n"
+        f"{plan.steps} steps of {plan.items} {items} = {epochs}; "
+        f"{held_out or 'no'} {'texts' if items == 'rows' else items} held out for validation\n"
         f"disk: {gib(plan.disk)} of checkpoints and adapters in {config.folder}; {plan.cache.line()}",
         markup=False,
         soft_wrap=True,
     )
 
 
-def print_experts(config: "RunConfig", console: "Console") -> None:
+def print_experts(config: "RunConfig", steps: int, console: "Console") -> None:
     """Which of two networks is trained when, and at which times."""
     from weft.run.pace import Pace
 
     experts = config.family.experts
     if experts == config.family.all_experts and len(experts) == 1:
         return
-    pace = Pace(config.objective, experts, config.schedule.steps)
+    pace = Pace(config.objective, experts, steps)
     for expert in experts:
         (phase,) = (name for name in (expert.name, "train") if name in pace.steps)
         low, high = config.objective.range_of(expert)
@@ -108,37 +127,81 @@ def print_clips(plan: "Plan", console: "Console", everything: bool) -> None:
     console.print()
 
 
-def print_buckets(config: "RunConfig", plan: "Plan", console: "Console") -> None:
+def print_texts(config: "RunConfig", plan: "Plan", console: "Console", everything: bool) -> None:
+    """The survey in numbers, and by their keys the texts that are too long or cannot be read; never what they say."""
+    console.print("Conversations")
+    for line in plan.survey.lines():
+        console.print(f"  {line}", markup=False, soft_wrap=True)
+    length, what = config.data.length, "cut" if config.data.truncate == "cut_end" else "left out"
+    long = {
+        key: int(tokens)
+        for corpus in (*plan.survey.train.corpora, *plan.survey.validation.corpora)
+        for key, tokens in zip(corpus.keys, corpus.lengths, strict=True)
+        if tokens > length
+    }
+    lines = [
+        f"{key}  {long[key]:,} tokens, longer than data.length ({length:,}): {what}"
+        for key in sorted(long, key=lambda key: -long[key])
+    ]
+    for named in (lines, [each.reason for each in plan.survey.unreadable]):
+        for line in named if everything else named[:NAMED]:
+            console.print(f"  {line}", markup=False, soft_wrap=True, style="dim")
+        if len(named) > NAMED and not everything:
+            console.print(f"  {len(named) - NAMED} more such; weft plan --all shows them.", markup=False)
+    console.print()
+
+
+def print_shapes(config: "RunConfig", plan: "Plan", console: "Console") -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    title = f"Buckets at batch {config.data.batch_size}"
-    columns = ("frames x height x width", "tokens", "clips", "memory", "of it activations")
-    table = Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD)
-    counts = plan.survey.buckets()
-    for bucket, memory in plan.memory.items():
+    text = config.family.medium == "text"
+    title = f"{'Rows' if text else 'Buckets'} at batch {config.data.batch_size}"
+    columns = ("tokens", "rows") if text else ("frames x height x width", "tokens", "clips")
+    table = Table(*columns, "memory", "of it activations", title=title, title_justify="left", box=SIMPLE_HEAD)
+    for shape, memory in plan.memory.items():
+        name = () if text else (str(shape),)
         table.add_row(
-            f"{bucket.frames}x{bucket.height}x{bucket.width}", f"{bucket.tokens:,}", str(counts[bucket]),
-            gib(memory.total), gib(memory.activations),
+            *name, f"{shape.tokens:,}", f"{plan.shapes[shape]:,}", gib(memory.total), gib(memory.activations)
         )  # fmt: skip
     console.print(table)
 
 
+def print_processes(plan: "Plan", console: "Console") -> None:
+    """What each process holds, of several and of how many."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    if not plan.memory:
+        return
+    most, layout = max(plan.memory.values(), key=lambda each: each.total), plan.layout
+    one = layout.world == 1
+    title = "One process" if one else f"Each of {layout.world:,} processes ({layout.words()})"
+    columns = ("weights", "adapter", "activations", "in all", "host memory", "items a step")
+    table = Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD)
+    sizes = (most.weights, most.adapter, most.activations, most.total, most.host)
+    table.add_row(*map(gib, sizes), f"{plan.items:,}" if one else f"{plan.items:,} of all")
+    console.print(table)
+
+
 def print_memory(plan: "Plan", console: "Console") -> None:
-    """Whether the largest bucket fits, and else what would make it fit."""
+    """Whether the largest shape fits, and else what would make it fit."""
     if plan.limit is None or not plan.memory:
         return
-    most = max(each.total for each in plan.memory.values())
-    if most <= plan.limit:
-        console.print(f"The largest bucket needs about {gib(most)} of {gib(plan.limit)}.\n", markup=False)
+    largest, most = max(plan.memory.items(), key=lambda item: item[1].total)
+    what = "The largest bucket needs" if plan.shapes_are_buckets else f"A batch of {largest} needs"
+    each = "" if plan.layout.world == 1 else " in each process"
+    if most.total <= plan.limit:
+        console.print(f"{what} about {gib(most.total)} of {gib(plan.limit)}{each}.\n", markup=False)
         return
-    console.print(f"The largest bucket needs about {gib(most)}, and there are {gib(plan.limit)}.", markup=False)
+    console.print(f"{what} about {gib(most.total)}{each}, and there are {gib(plan.limit)}.", markup=False)
     if plan.rungs:
         console.print("What would help, each on top of those before:", markup=False)
     for rung in plan.rungs:
         console.print(f"  {rung.line()}", markup=False, soft_wrap=True)
     if not plan.rungs or plan.rungs[-1].bytes > plan.limit:
-        console.print("Even so it would not fit: take smaller buckets or a larger device.", markup=False)
+        smaller = "smaller buckets" if plan.shapes_are_buckets else "shorter rows"
+        console.print(f"Even so it would not fit: take {smaller} or a larger device.", markup=False)
     console.print()
 
 

@@ -42,6 +42,11 @@ class VideoModel(Section):
     shift: float | None = Field(
         default=None, gt=0, description="of the sampler's times toward noise; null: as the source says"
     )
+    attention: Literal["auto", "native", "cudnn", "efficient", "math", "flex", "flash"] = Field(
+        default="auto",
+        description="kernel of the attention, by diffusers' names; auto: torch's own choice; flash needs the extra "
+        "'flash', and all but native and math a GPU",
+    )
     vae_tiling: bool = Field(
         default=False, description="encode and decode frames tile by tile: less memory, faint differences at the seams"
     )
@@ -98,6 +103,13 @@ class VideoModel(Section):
         with torch.device(device):
             return self.prepared(self._built())
 
+    def _on_kernel(self, network: "nn.Module") -> "nn.Module":
+        """Raises ConfigError for an attention kernel that this machine has not."""
+        from weft.families.video_attention import set_video_attention
+
+        set_video_attention(network, self.attention)
+        return network
+
     def _built(self) -> "nn.Module":
         import diffusers
 
@@ -140,7 +152,7 @@ class VideoModel(Section):
         from weft.families.weights import bare
 
         part = self.part_of(expert)
-        network = bare(self._built)
+        network = self._on_kernel(bare(self._built))
         return self.prepared(
             self.checkpoint.network(part, network, self.blocks(network), self.form(precision, part), berth)
         )

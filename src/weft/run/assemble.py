@@ -28,7 +28,12 @@ def target_report(config: RunConfig, network: nn.Module) -> TargetReport:
 
 def check_engine(config: RunConfig, engine: Engine) -> None:
     """Refuse what the engine cannot do for this objective, by name."""
-    missing = sorted(config.objective.needs - engine.can)
+    check_needs(config, engine.can)
+
+
+def check_needs(config: RunConfig, can: frozenset[str]) -> None:
+    """Refuse what an engine that can do so much cannot do for this objective, by name."""
+    missing = sorted(config.objective.needs - can)
     if missing:
         raise ConfigError(
             f"engine: {config.engine.kind} cannot do what objective '{config.objective.kind}' needs: "

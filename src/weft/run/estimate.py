@@ -10,7 +10,7 @@ from torch import nn
 
 from weft.contracts import ModelFamily
 from weft.engines.parallel import Layout
-from weft.engines.residency import Residence, memory_of
+from weft.engines.residency import memory_of
 from weft.engines.single_device import DTYPES, best_device, best_precision
 from weft.run.assemble import target_report
 from weft.run.config import RunConfig

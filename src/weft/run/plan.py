@@ -1,84 +1,122 @@
-"""What a run will do, before any weight is read: clips, buckets, targets, steps, memory, disk."""
+"""What a run will do, before any weight is read: data, shapes, targets, steps, memory, processes, disk."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from weft.adapters.targets import TargetReport
 from weft.data.buckets import Bucket
 from weft.data.cache import CacheStatus
-from weft.data.survey import Survey
+from weft.engines.parallel import Layout
 from weft.errors import DataError, WeftError
-from weft.run.assemble import Trainable, check_engine, target_report
-from weft.run.checks import check_adapter, check_optimizer, check_samples
+from weft.run.assemble import Trainable, target_report
+from weft.run.checks import check_adapter, check_optimizer, check_samples, items_per_step, settled
 from weft.run.config import RunConfig
 from weft.run.estimate import Card, Estimate, card_of, device_of, estimate, precision_of
 from weft.run.ladder import Rung, device_memory, ladder
+from weft.run.layouts import check_layout, layout_of
+from weft.run.questions import Shape, shapes_of
 from weft.run.surveyed import surveyed
+from weft.run.trackers import check_trackers
 
 
 @dataclass(frozen=True)
 class Plan:
     """A run as it would go. problems: why it would not start; empty when it would."""
 
-    survey: Survey
+    survey: Any
     targets: TargetReport
     parameters: Trainable
-    memory: dict[Bucket, Estimate]
+    layout: Layout
+    shapes: dict[Shape, int]  # items of an epoch
+    memory: dict[Shape, Estimate]  # of each process
     precision: str
-    steps_per_epoch: int
+    steps: int
+    items: int  # of a step, on all processes together
+    steps_per_epoch: int | None  # None: of streams it is not known
     cache: CacheStatus
     disk: int  # bytes that checkpoints and adapters will take
     problems: tuple[str, ...]
     limit: int | None  # bytes of memory that there are, as asked for or of the device; None: not known
-    rungs: tuple[Rung, ...]  # what would bring the largest bucket below the limit; empty when it fits
+    rungs: tuple[Rung, ...]  # what would bring the largest shape below the limit; empty when it fits
 
-    def epochs(self, steps: int) -> float:
-        return steps / self.steps_per_epoch if self.steps_per_epoch else 0.0
+    @property
+    def epochs(self) -> float | None:
+        """Passes over the data; None where that is not known."""
+        return self.steps / self.steps_per_epoch if self.steps_per_epoch else None
+
+    @property
+    def shapes_are_buckets(self) -> bool:
+        return all(isinstance(shape, Bucket) for shape in self.shapes)
 
 
-def plan(config: RunConfig, limit: int | None = None) -> Plan:
-    """A run as it would go on a GPU with a memory of limit bytes, or else on this machine's device.
+def plan(config: RunConfig, limit: int | None = None, processes: int | None = None) -> Plan:
+    """A run as it would go on GPUs with a memory of limit bytes, or else on this machine's device; on so many processes,
+    or the fewest that the config can mean.
 
     Raises WeftError only for what makes a plan impossible; all else is in its problems.
     """
-    problems: list[str] = []
     config = config if limit is None else for_gpu(config)
+    layout = layout_of(config, processes)
     config.objective.check(config.family)
     survey = surveyed(config)
     skeleton = config.family.skeleton()
     targets = target_report(config, skeleton)
     identity = config.family.identity()
-    for ask in (
+    shapes = shapes_of(config, survey)
+    config, late = settled_or_not(config, survey, layout) if shapes else (config, ())
+    problems = told_by(
         lambda: survey.refuse_when_unusable(config.data.unreadable),
         lambda: check_samples(config),
         lambda: check_adapter(config, targets),
-        lambda: check_engine(config, config.engine.open()),
+        lambda: check_layout(config, layout),
         lambda: check_optimizer(config),
-    ):
-        try:
-            ask()
-        except WeftError as problem:
-            problems.append(str(problem))
+        lambda: check_trackers(config.track),
+    )
     experts = len(config.family.experts)
     trainable = experts * config.adapter.trainable(targets)
-    buckets = sorted(survey.buckets(), key=lambda bucket: -bucket.tokens)
     card = card_of(config) if limit is None else Card(gpu=True, memory=limit)
-    memory = estimate(config, buckets, trainable, card)
+    memory = estimate(config, sorted(shapes, key=lambda shape: -shape.tokens), trainable, card, layout)
     limit = device_memory(config) if limit is None else limit
     over = limit is not None and any(each.total > limit for each in memory.values())
-    per_epoch = survey.steps_per_epoch(config.data.batch_size, config.schedule.accumulate) if buckets else 0
+    together = config.schedule.accumulate * layout.data_world  # micro-batches of a step
+    per_epoch = survey.steps_per_epoch(config.data.batch_size, together) if shapes else 0
     return Plan(
         survey=survey,
         targets=targets,
         parameters=Trainable(trainable, trainable + experts * sum(p.numel() for p in skeleton.parameters())),
+        layout=layout,
+        shapes=shapes,
         memory=memory,
         precision=precision_of(config),
+        steps=config.schedule.steps,
+        items=items_per_step(config, layout.data_world),
         steps_per_epoch=per_epoch,
         cache=config.data.store(survey, identity).status(),
-        disk=disk_bytes(config, trainable),
-        problems=tuple(problems),
+        disk=disk_bytes(config, trainable, per_epoch),
+        problems=(*late, *problems),
         limit=limit,
-        rungs=tuple(ladder(config, buckets, limit, card)) if over and limit is not None else (),
+        rungs=tuple(ladder(config, list(shapes), limit, card, layout)) if over and limit is not None else (),
     )
+
+
+def told_by(*checks: Callable[[], None]) -> list[str]:
+    """What the checks that fail say."""
+    problems: list[str] = []
+    for check in checks:
+        try:
+            check()
+        except WeftError as problem:
+            problems.append(str(problem))
+    return problems
+
+
+def settled_or_not(config: RunConfig, survey: Any, layout: Layout) -> tuple[RunConfig, tuple[str, ...]]:
+    """The config with the numbers that follow from others, or as it is with the reason why they do not."""
+    try:
+        return settled(config, survey, layout.data_world), ()
+    except WeftError as problem:
+        return config, (str(problem),)
 
 
 def for_gpu(config: RunConfig) -> RunConfig:
@@ -88,12 +126,17 @@ def for_gpu(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"engine": config.engine.model_copy(update={"precision": "bf16"})})
 
 
-def disk_bytes(config: RunConfig, trainable: int) -> int:
-    """Checkpoints that are kept (weights, two moments, moving average in fp32) and adapters, all of which are kept."""
+def disk_bytes(config: RunConfig, trainable: int, steps_per_epoch: int | None) -> int:
+    """Checkpoints that are kept (weights, two moments, moving average in fp32) and adapters, most of which are kept."""
+    save, steps = config.save, config.schedule.steps
+    saves = steps // save.every if save.every else 0
+    if save.every_epochs and steps_per_epoch:
+        saves += int(steps / (save.every_epochs * steps_per_epoch))
     checkpoint = trainable * 4 * (4 if config.ema else 3)
-    saves = config.schedule.steps // config.save.every if config.save.every else 0
-    adapters = (saves + 1 + (1 if not saves or config.schedule.steps % config.save.every else 0)) * 4 * trainable
-    return checkpoint * min(config.save.keep, saves + 1) + adapters * len(config.formats)
+    kept = min(save.keep + save.keep_best, saves + 1)
+    last = 1 if not save.every or steps % save.every else 0  # a step that saves for itself alone
+    written = kept if save.prune_adapters else saves + last
+    return checkpoint * kept + (written + 1) * 4 * trainable * len(config.formats)
 
 
 def refuse(problems: tuple[str, ...]) -> None:

@@ -10,7 +10,6 @@ from torch import Tensor
 from weft.contracts import Denoise, Model, Tokens, as_video
 from weft.data.buckets import Bucket
 from weft.run.config import RunConfig
-from weft.run.surveyed import surveyed
 
 
 @dataclass(frozen=True, order=True)

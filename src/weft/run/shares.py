@@ -55,8 +55,8 @@ def divided(by_block: ByBlock, residence: Residence, experts: int, memory: int |
 
 
 def adapter_bytes(config: RunConfig, trainable: int, layout: Layout = ALONE) -> tuple[int, int]:
-    """Weights, gradients, optimizer state and moving average of what is trained, on the device of one process and in its
-    host memory. Copies of the weights are in every process but under FSDP2."""
+    """Weights, gradients, optimizer state and moving average of what is trained, on the device of one process and in
+    its host memory."""
     engine, state, average = config.engine, STATE_BYTES[config.optimizer.kind], 4 if config.ema else 0
     if isinstance(engine, DeepSpeed):  # beside weights and gradients it has a part of both, and the moments of that
         part = -(-trainable // layout.world)

@@ -16,6 +16,7 @@ from weft.run.config import RunConfig
 from weft.run.estimate import device_of
 from weft.run.ladder import changed_config, device_memory, remedies, spelled
 from weft.run.questions import Row, Shape, shape_at, shapes_of
+from weft.run.surveyed import surveyed
 
 if sys.platform != "win32":
     import resource
@@ -148,9 +149,7 @@ def shape_of(config: RunConfig, short: OutOfMemory) -> Shape | None:
 
 def largest_shape(config: RunConfig) -> Shape | None:
     """Of the shapes that the run's data has."""
-    family = config.family
-    survey = config.data.survey(family if family.medium == "text" else family.geometry())
-    return max(shapes_of(config, survey), key=lambda shape: shape.tokens, default=None)
+    return max(shapes_of(config, surveyed(config)), key=lambda shape: shape.tokens, default=None)
 
 
 def peak_of(device: torch.device) -> int | None:

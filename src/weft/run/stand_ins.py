@@ -9,6 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from weft.contracts import ModelFamily
+from weft.engines.ring import Ring
 from weft.engines.sequence import Ulysses
 from weft.families.causal_lm import CausalLM
 from weft.math.attention import Attention
@@ -42,7 +43,7 @@ def attend_without_masks(network: nn.Module) -> None:
         network.config._attn_implementation = MASKLESS
 
 
-class OneOfSequence(Ulysses):
+class OneOfSequence(Ring):
     """The first rank of a sequence group without the others: what it would be sent has the right shape and size, and
     is its own."""
 
@@ -50,7 +51,7 @@ class OneOfSequence(Ulysses):
         self.rank, self.size, self.method = 0, size, method
 
     def by_heads(self, heads: int) -> bool:
-        return self.method != "ring" and super().by_heads(heads)
+        return self.method != "ring" and heads % self.size == 0
 
     def gather(self, x: Tensor, dim: int, length: int) -> Tensor:
         return torch.cat([x] * self.size, dim).narrow(dim, 0, length)
@@ -58,7 +59,8 @@ class OneOfSequence(Ulysses):
     def attend_unevenly(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
         goes_round = attention.plain and (self.method == "ring" or (self.method == "auto" and attention.seen is None))
         if not goes_round:
-            return super().attend_unevenly(attention, q, k, v, lengths)
+            kind = Ring if self.method == "ring" else Ulysses
+            return kind.attend_unevenly(self, attention, q, k, v, lengths)
         heads = (x.transpose(1, 2) for x in (q, k, v))  # on a ring the keys of one rank are there at a time
         return scaled_dot_product_attention(*heads, enable_gqa=q.shape[2] != k.shape[2]).transpose(1, 2)
 

@@ -1,0 +1,208 @@
+"""The ways to need less device memory, the cheapest first, each with what it changes and what it costs."""
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from weft.data.buckets import Bucket
+from weft.engines.parallel import Layout
+from weft.engines.residency import RING, together
+from weft.families.causal_lm import CausalLM
+from weft.run.config import RunConfig
+from weft.run.estimate import Card, Estimate, activations, composed, precision_of
+from weft.run.questions import Row, Shape
+from weft.run.shares import ALONE, divided
+
+SHORTEST = 128  # tokens of the shortest rows that are offered
+
+
+@dataclass(frozen=True)
+class Step:
+    """A change of a config and its price. shape and layout: the largest that is then left, and that of the processes,
+    where they change."""
+
+    name: str
+    changes: Mapping[str, Any]
+    cost: str
+    shape: Shape | None = None
+    layout: Layout | None = None
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a process of a run needs for its hungriest shape.
+
+    rehearsed: activations that are known already, by what they depend on; a rehearsal takes seconds. spare: GPUs of
+    this machine, over which weights could be spread.
+    """
+
+    config: RunConfig
+    shape: Shape
+    card: Card
+    trainable: int
+    estimate: Estimate
+    rehearsed: dict[Hashable, int]
+    layout: Layout = ALONE
+    spare: int = 1
+
+    def of(self, config: RunConfig, shape: Shape, layout: Layout | None = None) -> "Need":
+        """The need of another config, with the same adapters, of another shape, or another layout."""
+        engine, precision, family = config.engine, precision_of(config), config.family
+        layout = layout or self.layout
+        key = (shape, config.data.batch_size, engine.recompute, engine.offload_inputs, precision, layout.sequence,
+               family.weight_dtype(precision), family.model_dump_json(exclude={"dtype"}))  # fmt: skip
+        if key not in self.rehearsed:
+            self.rehearsed[key] = activations(config, shape, layout.sequence)
+        total = composed(config, self.rehearsed[key], self.trainable, self.card, layout)
+        return replace(self, config=config, shape=shape, estimate=total, layout=layout)
+
+
+# A step from what is needed now toward a limit in bytes; None where it does not apply.
+Maker = Callable[[Need, int], "Step | None"]
+
+
+def cached(need: Need, limit: int) -> Step | None:
+    if need.config.family.medium == "text" or need.config.data.cache != "off":
+        return None
+    cost = "the encoders leave the device while training, which is not counted here; disk for the latents"
+    return Step("cache", {"data.cache": "disk"}, cost)
+
+
+def recomputed(need: Need, limit: int) -> Step | None:
+    if need.config.engine.recompute:
+        return None
+    return Step("recompute", {"engine.recompute": True}, "each block runs forward twice; the same gradients")
+
+
+def offloaded(need: Need, limit: int) -> Step | None:
+    if need.config.engine.offload_inputs or not need.card.gpu:
+        return None
+    cost = "host memory for the blocks' inputs, copied beside the computation; the same gradients"
+    return Step("offload_inputs", {"engine.offload_inputs": True}, cost)
+
+
+def smaller_moments(need: Need, limit: int) -> Step | None:
+    if need.config.optimizer.kind != "adamw":
+        return None
+    cost = "needs bitsandbytes; moments are rounded to 8 bits"
+    return Step("8-bit optimizer", {"optimizer.kind": "adamw8bit"}, cost)
+
+
+def chunked_losses(need: Need, limit: int) -> Step | None:
+    """Where all logits of a row would exist at once."""
+    family = need.config.family
+    if not isinstance(family, CausalLM) or family.kernels.cross_entropy != "eager":
+        return None
+    return Step("chunked losses", {"family.kernels.cross_entropy": "chunked"}, "nothing; the same losses")
+
+
+def smaller_weights(need: Need, limit: int) -> Step | None:
+    cost = "frozen weights are rounded to 8 bits and decoded for each multiplication: an approximation of the model"
+    return Step("fp8 weights", {"family.dtype": "fp8"}, cost)
+
+
+def smallest_weights(need: Need, limit: int) -> Step | None:
+    if need.config.family.medium != "text":
+        return None
+    cost = "frozen weights are rounded to 4 bits, as in QLoRA: a coarser approximation"
+    return Step("nf4 weights", {"family.dtype": "nf4"}, cost)
+
+
+def sharded(need: Need, limit: int) -> Step | None:
+    """The fewest processes, of as many as there are GPUs, that bring the need below the limit, or else all."""
+    layout, engine = need.layout, need.config.engine
+    if engine.kind != "torch" or need.spare <= max(1, layout.world):
+        return None
+    cost = "needs {} processes (weft train --gpus {}); weights are sent for at each block"
+    for shard in range(layout.shard + 1, need.spare // layout.sequence + 1):
+        wider = Layout(1, shard, layout.sequence)
+        if (
+            need.of(need.config, need.shape, wider).estimate.total <= limit
+            or wider.world + layout.sequence > need.spare
+        ):
+            changes = {"parallel.data": 1, "parallel.shard": shard}
+            return Step("shard", changes, cost.format(wider.world, wider.world), layout=wider)
+    return None
+
+
+def one_expert(need: Need, limit: int) -> Step | None:
+    """Where the engine does not keep one on the device already."""
+    config = need.config
+    experts, choice = len(config.family.experts), config.engine.experts
+    if experts < 2 or not need.card.gpu:
+        return None
+    weights = experts * sum(config.family.weight_bytes(precision_of(config)).values())
+    if not together(choice, weights, need.card.memory):
+        return None
+    cost = "host memory for both; a copy of the whole network whenever the other expert's turn comes"
+    return Step("one expert", {"engine.experts": "one"}, cost)
+
+
+def streaming(need: Need, limit: int) -> Step | None:
+    """As few blocks as bring the need below the limit, or else all but one."""
+    config = need.config
+    if not need.card.gpu or need.layout.shard > 1 or config.engine.kind != "torch":
+        return None
+    by_block, residence = config.family.weight_bytes(precision_of(config)), config.engine.residence()
+    blocks, already = sum(block is not None for block in by_block), residence.stream_blocks
+    experts, memory = len(config.family.experts), need.card.memory
+    spared = need.estimate.total - limit
+    for count in range(max(already, RING) + 1, blocks):
+        device, _ = divided(by_block, replace(residence, stream_blocks=count), experts, memory)
+        if need.estimate.weights - device >= spared:
+            break
+    else:
+        count = blocks - 1
+    if count <= already:
+        return None
+    cost = "host memory for them, copied ahead of each use: free while a block computes longer than it is copied"
+    return Step("stream_blocks", {"engine.stream_blocks": count}, cost)
+
+
+def smaller_batch(need: Need, limit: int) -> Step | None:
+    """One item at a time, with the same number of items in a step."""
+    data, schedule = need.config.data, need.config.schedule
+    if data.batch_size == 1:
+        return None
+    changes: dict[str, Any] = {"data.batch_size": 1}
+    if schedule.global_batch is None:
+        changes["schedule.accumulate"] = schedule.accumulate * data.batch_size
+    items = "rows" if isinstance(need.shape, Row) else "clips"
+    return Step("batch", changes, f"the same {items} in a step, one after the other")
+
+
+def smaller_shape(need: Need, limit: int) -> Step | None:
+    """Shorter rows of text, or clips of fewer frames, halved until they fit."""
+    if isinstance(need.shape, Row):
+        return shorter_rows(need, need.shape, limit)
+    return smaller_bucket(need, need.shape, limit)
+
+
+def smaller_bucket(need: Need, bucket: Bucket, limit: int) -> Step | None:
+    """A token budget that the largest bucket would meet with fewer frames."""
+    geometry, frames = need.config.family.geometry(), bucket.frames
+    while frames > 1:
+        frames = geometry.longest_clip(max(1, frames // 2))
+        shorter = Bucket(frames, bucket.height, bucket.width, geometry.tokens(frames, bucket.height, bucket.width))
+        if need.of(need.config, shorter).estimate.total <= limit or frames == 1:
+            cost = f"clips as {shorter} or smaller: data.buckets must offer such shapes"
+            return Step("bucket", {"data.buckets.token_budget": shorter.tokens}, cost, shorter)
+    return None
+
+
+def shorter_rows(need: Need, row: Row, limit: int) -> Step | None:
+    """A length of data that is halved, but not below what an exchange of some sentences takes."""
+    tokens = row.tokens
+    while tokens >= 2 * SHORTEST:
+        tokens //= 2
+        shorter = Row(tokens)
+        if need.of(need.config, shorter).estimate.total <= limit or tokens < 2 * SHORTEST:
+            cost = f"longer texts become what data.truncate says: {need.config.data.truncate}"
+            return Step("length", {"data.length": tokens}, cost, shorter)
+    return None
+
+
+MAKERS: tuple[Maker, ...] = (
+    cached, chunked_losses, recomputed, offloaded, smaller_moments, sharded, smaller_weights, smallest_weights,
+    one_expert, streaming, smaller_batch, smaller_shape,
+)  # fmt: skip
