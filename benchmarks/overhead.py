@@ -24,11 +24,12 @@ from rich.console import Console
 
 from weft.cli.bench import SMOKE
 from weft.config.source import read_text
+from weft.data.buckets import Bucket
 from weft.engines.single_device import SingleEngine
 from weft.events import tell_all
 from weft.families.loading import model_folder
 from weft.run.assemble import assemble
-from weft.run.bench import Nothing, RandomClips, processor
+from weft.run.bench import Nothing, RandomItems, processor, random_items
 from weft.run.config import RunConfig, parse_config
 from weft.run.listeners import EventLog, Terminal
 from weft.run.train import Course, train
@@ -42,9 +43,9 @@ def config_of(backend: str, batch: int) -> RunConfig:
     return parse_config(read_text(SMOKE, "overhead", [*overrides, "schedule.steps=100000"]))
 
 
-def stream_of(config: RunConfig) -> RandomClips:
-    shape = config.family.geometry().latent_shape(9, 64, 64)
-    return RandomClips(shape, config.family.conditions, config.data.batch_size, last_step=0)
+def stream_of(config: RunConfig) -> RandomItems:
+    shape = Bucket(9, 64, 64, config.family.geometry().tokens(9, 64, 64))
+    return RandomItems(random_items(config, shape), last_step=0)
 
 
 def weft_loop(backend: str, batch: int, folder: Path) -> Callable[[int], None]:

@@ -74,8 +74,7 @@ class Nothing:
 
 
 def make_model(folder: Path, width: int, layers: int) -> int:
-    """A Qwen3 in bf16 with random weights; returns its bytes."""
-    import torch
+    """A Qwen3 in fp32 with random weights; returns its bytes."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
@@ -83,9 +82,9 @@ def make_model(folder: Path, width: int, layers: int) -> int:
         num_attention_heads=width // 64, num_key_value_heads=max(1, width // 128), head_dim=64,
         tie_word_embeddings=True, max_position_embeddings=2048,
     )  # fmt: skip
-    network = Qwen3ForCausalLM(config).to(torch.bfloat16)
+    network = Qwen3ForCausalLM(config)
     network.save_pretrained(folder)
-    return sum(p.numel() * 2 for p in network.parameters())
+    return sum(p.numel() * 4 for p in network.parameters())
 
 
 def config_of(model: Path, parallel: Mapping[str, Any], engine: Mapping[str, Any], steps: int) -> Any:
@@ -94,12 +93,12 @@ def config_of(model: Path, parallel: Mapping[str, Any], engine: Mapping[str, Any
 
     plain = {
         "name": "scaling",
-        "family": {"kind": "causal-lm", "source": str(model), "dtype": "bf16"},
+        "family": {"kind": "causal-lm", "source": str(model)},
         "adapter": {"kind": "lora", "backend": "native", "rank": 16, "targets": "all"},
         "objective": {"kind": "next-token"},
         "optimizer": {"kind": "adamw", "lr": 1e-4},
         "data": {"kind": "chat", "sources": [{"path": "none.jsonl"}], "length": ROW, "batch_size": 1},
-        "engine": {"device": "cpu", "precision": "bf16", "recompute": True, **engine},
+        "engine": {"device": "cpu", "precision": "fp32", "recompute": True, **engine},
         "parallel": dict(parallel),
         "schedule": {"steps": steps, "accumulate": 1},
     }
@@ -208,7 +207,7 @@ def main() -> None:
         "schema": 1,
         "model": {"class": "Qwen3ForCausalLM", "width": arguments.width, "layers": arguments.layers,
                   "bytes": weights},
-        "case": {"rank": 16, "targets": "all", "row": ROW, "precision": "bf16", "recompute": True},
+        "case": {"rank": 16, "targets": "all", "row": ROW, "precision": "fp32", "recompute": True},
         "layouts": rows,
         "software": {name: version(name) for name in ("weft", "torch", "transformers")},
         "hardware": {"platform": platform.platform(), "cores": os.cpu_count()},

@@ -52,3 +52,8 @@ def test_an_image_for_each_prompt_or_one_for_all(finished, tmp_path):
 def test_a_model_that_goes_on_from_an_image_asks_for_it(finished):
     with pytest.raises(ConfigError, match="has no first frame"):
         run([str(finished / "runs" / "high"), "--prompt", "a", *SIZE])
+
+
+def test_options_of_language_models_are_refused_by_name(finished):
+    with pytest.raises(ConfigError, match="--tokens, --top-p: the adapter is of a video model"):
+        run([str(finished / "runs" / "high"), "a square", "--tokens", "3", "--top-p", "1"])

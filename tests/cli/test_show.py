@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 import weft
 from tests.families import networks, official
+from tests.small import make_qwen3
 from weft.cli.show import facts_of, run, run_facts
 from weft.errors import ModelError, RunError
 from weft.events import RunEnded, StepEnded
@@ -157,3 +158,22 @@ def test_the_adapters_of_both_experts_stand_in_a_runs_summary_in_their_order(tmp
     assert run_facts(folder)["adapters"] == [
         "global_step_9_high", "global_step_10_high", "global_step_10_low", "adapter_high", "adapter_low",
     ]  # fmt: skip
+
+
+def test_a_language_model_says_its_sizes_and_whether_it_has_a_chat_template(tmp_path: Path):
+    folder = make_qwen3(tmp_path / "model", layers=3)
+    facts = facts_of(folder)
+    assert facts["what"] == "a language model" and facts["network"].startswith("Qwen3ForCausalLM, ")
+    assert [facts[name] for name in ("blocks", "width", "vocabulary", "context")] == [3, 32, 320, 512]
+    assert facts["chat template"] == "there"
+    (folder / "chat_template.jinja").unlink()
+    assert facts_of(folder)["chat template"] == "none"
+    assert facts_of(folder / "model.safetensors")["what"] == "weights of a language model, Qwen3ForCausalLM"
+
+
+@pytest.mark.parametrize(("kind", "items"), [("causal-lm", "conversations"), ("wan", "clips")])
+def test_an_adapter_says_how_many_of_what_it_was_trained_on(tmp_path: Path, kind: str, items: str):
+    tensors = {f"a.lora_{half}.weight": torch.zeros(2, 2) for half in "AB"}
+    metadata = {"weft.data.items": "54", "weft.config": json.dumps({"family": {"kind": kind}})}
+    PeftFolder().write(tmp_path, SavedAdapter(tensors, rank=2, alpha=2.0, metadata=metadata))
+    assert facts_of(tmp_path)["trained with"]["data.items"] == f"54 {items}"

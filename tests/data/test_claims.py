@@ -113,7 +113,7 @@ def test_a_fill_waits_for_what_another_process_is_making_and_uses_it(clips, tmp_
     filled = own.fill(lambda: encoders, heard.append)
     thread.join()
     assert [event.text for event in heard if isinstance(event, Notice)] == [
-        "1 cache entries are being made by another process: waiting"
+        "cache: waiting for 1 that another process makes"
     ]
     assert encoders.clips_encoded == len(survey.usable) - 1 and not filled.failed
     assert own.clip(clip)["latents"].equal(made["latents"])

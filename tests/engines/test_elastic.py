@@ -78,6 +78,7 @@ def test_the_rank_that_failed_is_told_apart_from_those_that_lost_it(launch, tmp_
     first, *others = ending.failures
     assert (first.rank, first.code, first.lost_peer) == (1, 137, False) and "SIGKILL" in first.said
     assert all(failure.lost_peer for failure in others)
+    assert first.log is None  # it wrote nothing, and empty logs are not kept
 
 
 def test_the_last_line_of_an_error_is_told_with_the_place_of_the_log(launch, tmp_path):

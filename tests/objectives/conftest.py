@@ -19,6 +19,8 @@ from weft.run.learner import Learner
 class Asked:
     """A family whose velocity is zero everywhere."""
 
+    medium = "video"
+
     questions: list[Denoise] = field(default_factory=list)
     image: Any = "none"
     experts: tuple[Expert, ...] = (DEFAULT,)

@@ -5,93 +5,22 @@ import time
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
-from torch.profiler import ProfilerActivity, profile
 
 from tests.learners import learner_of, small_config
 from tests.run.large import large_wan
+from tests.run.memory import allocated_at_peak, really_held, really_kept
 from tests.small import WIDTH, make_hunyuan, make_wan
-from weft.contracts import Berth, Denoise
+from weft.contracts import Berth
 from weft.data.buckets import Bucket
 from weft.engines.residency import Residence, frozen_by_block
 from weft.errors import ConfigError
-from weft.run.config import RunConfig
-from weft.run.estimate import activations, all_activations, divided, equal_blocks, estimate, held
-from weft.run.learner import Learner
-from weft.run.rehearsal import LiveBytes
+from weft.run.estimate import activations, all_activations, equal_blocks, estimate, held
+from weft.run.shares import divided
 
 SMALL = Bucket(frames=9, height=64, width=96, tokens=3 * 4 * 6)
 LARGE = Bucket(frames=17, height=128, width=192, tokens=5 * 8 * 12)
 RECOMPUTE = {"recompute": True}
 OFFLOAD = {"recompute": True, "offload_inputs": True}
-
-
-def question_of(learner: Learner, config: RunConfig, bucket: Bucket) -> Denoise:
-    family, items = learner.model.family, config.data.batch_size
-    shape = family.geometry().latent_shape(bucket.frames, bucket.height, bucket.width)
-    given = torch.zeros(items, shape[1], dtype=torch.bool) if family.image == "frames" else None
-    conditions, expert = family.conditions(items, *shape[1:]), learner.experts[0].name
-    return Denoise(torch.randn(items, *shape), torch.rand(items), conditions, given, expert)
-
-
-def ready(config: RunConfig, bucket: Bucket) -> tuple[Learner, Denoise]:
-    """A real learner that has its gradients, and a question to it."""
-    learner = learner_of(config)
-    for parameter in learner.model.adapters.parameters(learner.shown[0]).values():
-        parameter.grad = torch.zeros_like(parameter)
-    return learner, question_of(learner, config, bucket)
-
-
-def squared(learner: Learner, question: Denoise) -> Tensor:
-    with learner.engine.computing():
-        return learner.model.velocity(question).float().square().sum()
-
-
-def really_kept(config: RunConfig, bucket: Bucket) -> int:
-    """Bytes of the storages that autograd keeps of a real forward pass without recomputation, each once."""
-    learner, question = ready(config, bucket)
-    network = learner.model.network
-    base = {p.untyped_storage().data_ptr() for p in [*network.parameters(), *network.buffers()]}
-    seen: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in base:
-            seen[storage.data_ptr()] = storage  # the reference holds it at its address
-        return tensor
-
-    with learner.model.adapters.use(learner.shown[0]), saved_tensors_hooks(pack, lambda t: t):
-        squared(learner, question)
-    return sum(storage.nbytes() for storage in seen.values())
-
-
-def really_held(config: RunConfig, bucket: Bucket) -> tuple[int, int]:
-    """What a real step's memory is after its forward pass, and at its peak."""
-    learner, question = ready(config, bucket)
-    with learner.model.adapters.use(learner.shown[0]), LiveBytes() as live:
-        if learner.engine.inputs is not None:
-            learner.engine.inputs.host_memory = live.ignoring
-        loss = squared(learner, question)
-        kept = live.now
-        loss.backward()
-    return kept, live.peak
-
-
-def allocated_at_peak(config: RunConfig, bucket: Bucket) -> int:
-    """The same peak as torch's own allocator reports it to the profiler."""
-    learner, question = ready(config, bucket)
-    with learner.model.adapters.use(learner.shown[0]):
-        squared(learner, question).backward()  # what is made once and kept, such as rotary tables, is there
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            squared(learner, question).backward()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
 
 
 # ---- Activations ----------------------------------------------------------------------------------------------------

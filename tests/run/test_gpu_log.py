@@ -17,7 +17,7 @@ from weft.engines.visible import PROCESS_NUMBER
 from weft.events import Evaluated, Incident, PhaseStarted, RunEnded, RunStarted, StepEnded
 from weft.run import gpu_log
 from weft.run.folder import born
-from weft.run.gpu_log import GpuLog, History, memory, open_gpu_log
+from weft.run.gpu_log import GpuLog, History, memory, open_gpu_log, remove_dead
 from weft.run.listeners import EventLog
 from weft.run.start import train_run
 
@@ -172,6 +172,7 @@ def test_the_log_of_a_dead_process_on_another_gpu_goes_and_that_of_a_living_one_
     for number, facts in ((0, {**alive, "pid": ended.pid, "born": "1"}), (1, alive), (2, {**alive, "host": "far"})):
         (tmp_path / f"training_gpu{number}.json").write_text(json.dumps(facts))
     monkeypatch.setenv(PROCESS_NUMBER, "3")
+    remove_dead(tmp_path)
     open_gpu_log(tmp_path, SingleEngine(torch.device("cpu"), "fp32"))
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"training_gpu{n}.json" for n in (1, 2, 3)]
     assert read(tmp_path / "training_gpu3.json")["gpu"]["number"] == 3

@@ -1,26 +1,37 @@
 """Chance that belongs to its place in the run, and moving averages against their closed form."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
-from weft.contracts import Rng
+from weft.contracts import DEFAULT, Rng
 from weft.engines.single_device import SingleEngine
+from weft.objectives.flow_matching import FlowMatching
 from weft.run.learner import Learner, MovingAverage
+from weft.run.pace import Pace
 
 
 class RankOf(SingleEngine):
-    """An engine that says it is one of several."""
+    """An engine that says it is one of several; those of a sequence group have one place among the readers of data."""
 
-    def __init__(self, rank: int, world: int) -> None:
+    def __init__(self, rank: int, world: int, sequence: int = 1) -> None:
         super().__init__(torch.device("cpu"), "fp32")
         self.rank, self.world = rank, world  # type: ignore[misc]
+        self.data_rank, self.data_world = rank // sequence, world // sequence  # type: ignore[misc]
+        self.sequence = SimpleNamespace(rank=rank % sequence, size=sequence) if sequence > 1 else None  # type: ignore
 
 
-def at(step: int = 3, drawn: int = 5, rank: int = 0, world: int = 1, seed: int = 7, phase: str = "train") -> Rng:
-    learner = Learner(None, None, None, RankOf(rank, world), {}, seed, None, step=step, drawn=drawn)  # type: ignore[arg-type]
-    return learner.rng(phase, drawn - 1)
+def at(
+    step: int = 3, micro_batch: int = 0, accumulate: int = 1, rank: int = 0, world: int = 1, sequence: int = 1,
+    seed: int = 7, phase: str = "train",
+) -> Rng:  # fmt: skip
+    pace = Pace(FlowMatching(), (DEFAULT,), 10)
+    pace.steps["critic"] = pace.steps["train"]
+    learner = Learner(None, None, None, RankOf(rank, world, sequence), {}, seed, pace, step=step)  # type: ignore[arg-type]
+    return learner.rng(phase, micro_batch, accumulate)
 
 
 def own(rng: Rng) -> float:
@@ -34,7 +45,7 @@ def test_the_same_place_draws_the_same_whatever_was_drawn_before():
     assert torch.equal(torch.rand(3), dropout)  # dropout draws from the global generator
 
 
-OTHERS = [{"step": 4}, {"drawn": 6}, {"rank": 1, "world": 2}, {"seed": 8}, {"phase": "critic"}]
+OTHERS = [{"step": 4}, {"micro_batch": 1}, {"rank": 1, "world": 2}, {"seed": 8}, {"phase": "critic"}]
 
 
 @pytest.mark.parametrize("other", OTHERS)
@@ -50,9 +61,25 @@ def test_ranks_share_one_generator_and_have_one_of_their_own():
     assert len({own(rng) for rng in ranks}) == 2
 
 
-def test_the_numbers_of_draws_of_all_ranks_have_no_gap_and_no_double():
-    draws = [at(drawn=drawn, rank=rank, world=3).draw for drawn in (1, 2, 3) for rank in range(3)]
-    assert draws == list(range(9))
+@pytest.mark.parametrize(("world", "accumulate"), [(2, 6), (3, 4), (4, 3), (12, 1)])
+def test_a_draw_has_the_same_chance_on_any_number_of_processes(world, accumulate):
+    def chances(world: int, accumulate: int) -> dict[int, tuple[float, list[float]]]:
+        found = {}
+        for micro_batch in range(accumulate):
+            for rank in range(world):
+                rng = at(micro_batch=micro_batch, accumulate=accumulate, rank=rank, world=world)
+                found[rng.draw] = (own(rng), torch.rand(2).tolist())
+        return found
+
+    assert chances(world, accumulate) == chances(1, 12)
+    assert sorted(chances(world, accumulate)) == list(range(36, 48))  # three steps of twelve came before
+
+
+def test_ranks_of_a_sequence_group_share_noise_and_drop_other_tokens():
+    one, dropped = at(rank=0, world=2, sequence=2), torch.rand(3)
+    other, dropped_there = at(rank=1, world=2, sequence=2), torch.rand(3)
+    assert (own(one), one.draw) == (own(other), other.draw)
+    assert not torch.equal(dropped, dropped_there)
 
 
 def test_an_average_after_n_steps_is_the_geometric_sum_of_the_weights():

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from weft.data.buckets import Bucket
     from weft.run.config import RunConfig
+    from weft.run.questions import Shape
 
 SMOKE = """\
 name: bench
@@ -22,8 +22,8 @@ data: {kind: video, sources: [{path: .}], buckets: {sizes: [[64, 64]], frames: [
 
 
 def run(argv: Sequence[str]) -> int:
-    """Time the largest bucket of a run's config, or the shipped model; prints a table, and JSON where told."""
-    parser = argparse.ArgumentParser(prog="weft bench", description="Time training steps on random latents.")
+    """Time the largest shape of a run's config, or the shipped model; prints a table, and JSON where told."""
+    parser = argparse.ArgumentParser(prog="weft bench", description="Time training steps on random latents or tokens.")
     parser.add_argument("config", nargs="?", type=Path, help="a run's YAML; left out: the small model that Weft ships")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--steps", type=int, default=20, help="steps that count, after 3 of warm-up")
@@ -37,7 +37,7 @@ def run(argv: Sequence[str]) -> int:
 
     from weft.run.bench import bench
 
-    figures = bench(config, largest_bucket(config), arguments.steps)
+    figures = bench(config, largest_shape(config), arguments.steps)
     text = json.dumps(figures, indent=1)
     if arguments.json == Path("-"):
         print(text)
@@ -57,10 +57,14 @@ def config_of(path: Path | None, overrides: Sequence[str]) -> "RunConfig":
     return load_config(path, overrides)
 
 
-def largest_bucket(config: "RunConfig") -> "Bucket":
-    """The bucket of the most tokens that the config's shapes allow. Raises ConfigError when none fits the budget."""
+def largest_shape(config: "RunConfig") -> "Shape":
+    """The shape of the most tokens that the config allows, whatever its data are. Raises ConfigError when no bucket
+    fits the budget."""
     from weft.errors import ConfigError
+    from weft.run.questions import Row
 
+    if config.family.medium == "text":
+        return Row(config.data.length)
     geometry = config.family.geometry()
     ample = 100_000  # pixels: a square clip that every nominal side fits into
     found = [
@@ -77,9 +81,10 @@ def largest_bucket(config: "RunConfig") -> "Bucket":
 def print_figures(figures: dict[str, Any]) -> None:
     case, step, memory = figures["case"], figures["step_seconds"], figures["memory_bytes"]
     share = "  ".join(f"{name} {100 * value:.1f} %" for name, value in figures["share"].items())
+    shape = f"{case['frames']}x{case['height']}x{case['width']}" if "frames" in case else f"{case['tokens']:,} tokens"
     print(
-        f"{case['source']} {case['frames']}x{case['height']}x{case['width']} batch {case['batch']}, "
-        f"{case['backend']} rank {case['rank']}, {case['precision']} on {figures['hardware']['processor']}\n"
+        f"{case['source']} {shape} batch {case['batch']}, "
+        f"{case['adapter']}, {case['precision']} on {figures['hardware']['processor']}\n"
         f"step     {1000 * step['median']:.1f} ms (p10 {1000 * step['p10']:.1f}, p90 {1000 * step['p90']:.1f}, "
         f"{step['steps']} steps)\n"
         f"share    {share}\n"

@@ -13,10 +13,12 @@ def run(argv: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
 
     from weft.cli.train import quiet_libraries
+
+    quiet_libraries()
+
     from weft.run.config import load_config
 
     config = load_config(arguments.config, arguments.overrides)
-    quiet_libraries()
 
     from weft.run.checks import check
     from weft.run.listeners import Terminal

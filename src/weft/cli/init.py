@@ -1,13 +1,14 @@
-"""weft init: a commented run.yaml for a model and a folder of clips, ready to train."""
+"""weft init: a commented run.yaml for a model and its data, clips or conversations, ready to train."""
 
 import argparse
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from weft.cli.init_text import LANGUAGE_MODELS, Lines, context_of, is_language_model, look_at, text_lines
 from weft.cli.models import MODELS, WAN_I2V, KnownModel, recognised
 from weft.config.show import inline
 from weft.data.manifest import IMAGE_ENDINGS, MANIFEST_ENDINGS, VIDEO_ENDINGS
@@ -15,34 +16,41 @@ from weft.data.musubi import data_section
 from weft.errors import ConfigError, DataError, did_you_mean
 
 COMMENT_COLUMN = 52
+# -> repository on the Hugging Face hub; None for what ships with Weft.
+NAMES: Mapping[str, str | None] = {**{name: known.repository for name, known in MODELS.items()}, **LANGUAGE_MODELS}
 
 
 @dataclass(frozen=True)
 class Base:
-    """The model that was asked for. source: as the config writes it. fetch: the command that brings it, if any."""
+    """The model that was asked for. source: as the config writes it. known: None for a language model. fetch: the
+    command that brings it, if any. context: tokens of the longest row of a language model that is there."""
 
     name: str
     source: str
-    known: KnownModel
+    known: KnownModel | None
     fetch: str | None = None
+    context: int | None = None
 
 
 def run(argv: Sequence[str]) -> int:
     """Write the config and say what comes next."""
     parser = argparse.ArgumentParser(prog="weft init", description="Write a commented run.yaml.")
-    parser.add_argument("model", help=f"a model's folder or file, or one of: {', '.join(MODELS)}")
-    what = "folder of clips with captions, a manifest, or musubi's dataset TOML"
+    parser.add_argument("model", help=f"a model's folder or file, or one of: {', '.join(NAMES)}")
+    what = (
+        "clips: a folder with captions, a manifest, or musubi's dataset TOML; conversations: a file or folder of them"
+    )
     parser.add_argument("--data", required=True, type=Path, help=what)
     parser.add_argument("--out", type=Path, default=Path("run.yaml"), help="default: run.yaml")
     arguments = parser.parse_args(argv)
     out: Path = arguments.out
     if out.exists():
         raise ConfigError(f"{out} is already there. Choose another with --out, or delete it.")
-    base, clips = find_base(arguments.model), count_clips(arguments.data)
+    base = find_base(arguments.model)
+    lines, count = described(base, arguments.data)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(written(base, arguments.data, clips), encoding="utf-8")
+    out.write_text(written(base, lines), encoding="utf-8")
     file = shlex.quote(str(out))
-    print(f"wrote {out}: {base.name} on {arguments.data}{f' ({clips} clips)' if clips else ''}. Next:")
+    print(f"wrote {out}: {base.name} on {arguments.data}{f' ({count})' if count else ''}. Next:")
     fetch = (base.fetch,) if base.fetch else ()
     for command in (*fetch, f"weft plan {file}", f"weft train {file}"):
         print(f"  {command}")
@@ -51,20 +59,35 @@ def run(argv: Sequence[str]) -> int:
 
 def find_base(model: str) -> Base:
     """A known name, a repository of one, or a folder. Raises ConfigError with the nearest name, ModelError."""
-    by_repository = {known.repository.lower(): name for name, known in MODELS.items() if known.repository}
+    by_repository = {repository.lower(): name for name, repository in NAMES.items() if repository}
     name = by_repository.get(model.lower(), model.lower())
     folder = Path(model).expanduser()
+    if is_language_model(folder):
+        return Base(folder.resolve().name, folder.as_posix(), None, context=context_of(folder))
     if folder.exists():
         return Base(folder.resolve().stem, folder.as_posix(), known_at(folder.as_posix()))
-    if name not in MODELS:
+    if name not in NAMES:
         what = "no such folder and no known model" if "/" in model else "no known model and no folder here"
-        raise ConfigError(f"'{model}': {what}. {did_you_mean(name.rpartition('/')[2], list(MODELS))}")
-    known = MODELS[name]
-    if known.repository is None:
+        raise ConfigError(f"'{model}': {what}. {did_you_mean(name.rpartition('/')[2], list(NAMES))}")
+    known, repository = MODELS.get(name), NAMES[name]
+    if repository is None:
         return Base(name, name, known)
-    local = Path("models") / known.repository.rpartition("/")[2]
-    fetch = None if local.is_dir() else f"hf download {known.repository} --local-dir {local.as_posix()}"
-    return Base(name, local.as_posix(), known, fetch)
+    local = Path("models") / repository.rpartition("/")[2]
+    fetch = None if local.is_dir() else f"hf download {repository} --local-dir {local.as_posix()}"
+    context = context_of(local) if known is None and local.is_dir() else None
+    return Base(name, local.as_posix(), known, fetch, context)
+
+
+def described(base: Base, data: Path) -> tuple[Lines, str]:
+    """The lines of the config, and how many items the data has, in words. Raises DataError."""
+    name = re.sub(r"[^\w.-]+", "-", f"{base.name}-{data.stem}").strip("-.") or "run"
+    if base.known is None:
+        chats = look_at(data)
+        return text_lines(name, base.source, data, chats, base.context), f"{chats.rows:,} rows of {chats.form}"
+    clips = count_clips(data)
+    told = _translated(data) if data.suffix == ".toml" else _data(base.known, data, clips)
+    lines = [*_model(base, base.known, name), *_learning(base.known), *told, *_watching(base.known)]
+    return lines, f"{clips} clips" if clips else ""
 
 
 def known_at(source: str) -> KnownModel:
@@ -98,16 +121,13 @@ def count_clips(data: Path) -> int:
 # ---- The text -----------------------------------------------------------------------------------------------------
 
 
-def written(base: Base, data: Path, clips: int) -> str:
+def written(base: Base, lines: Lines) -> str:
     """The config's text: one key a line, with its reason or unit behind it."""
     schema = Path(str(files("weft"))) / "weft.schema.json"
-    name = re.sub(r"[^\w.-]+", "-", f"{base.name}-{data.stem}").strip("-.") or "run"
     head = [
         f"# yaml-language-server: $schema={schema.as_uri()}",
         f"# A LoRA on {base.name}. Every key and its meaning: weft config explain",
     ]
-    told = _translated(data) if data.suffix == ".toml" else _data(base.known, data, clips)
-    lines = [*_model(base, name), *_learning(base.known), *told, *_watching(base.known)]
     return "\n".join([*head, *(_line(text, comment) for text, comment in lines)]) + "\n"
 
 
@@ -116,11 +136,7 @@ def _line(text: str, comment: str) -> str:
     return f"{text:<{COMMENT_COLUMN - 1}} # {comment}" if comment else text
 
 
-Lines = list[tuple[str, str]]
-
-
-def _model(base: Base, name: str) -> Lines:
-    known = base.known
+def _model(base: Base, known: KnownModel, name: str) -> Lines:
     experts = [("  expert: both", "high, low, or both: an adapter for each of the two networks")]
     return [
         (f"name: {inline(name)}", "the run's folder is runs/NAME"),

@@ -69,10 +69,10 @@ def as_rank(rank: Rank, work: Callable[[], int]) -> int:
 
 def failed(rank: Rank, error: Exception) -> int:
     """Answer an error: leave it to the launcher where that is ours, else tell it unless another rank does."""
-    from weft.engines.peers import is_to_be_told, lost_peer
+    from weft.engines.peers import LOST_PEER, is_to_be_told, lost_peer
 
     if lost_peer(error):
-        said = f"another process of this run has ended, or cannot be reached: {first_line(error)}"
+        said = f"{LOST_PEER}: {first_line(error)}"
         return left(rank, 1, said, lost_peer=True) or complain(rank, said, 1)
     if isinstance(error, WeftError):
         problems = error.problems if isinstance(error, ConfigError) else [str(error)]

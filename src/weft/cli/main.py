@@ -12,12 +12,12 @@ from weft.errors import ConfigError, WeftError, did_you_mean
 # In the order in which one meets them. A copy of the verbs' own first sentences, so that help imports no verb.
 SUMMARIES: Mapping[str, str] = {
     "demo": "train a tiny video model on this machine from end to end, in about a minute",
-    "init": "write a commented run.yaml for a model and a folder of clips",
-    "plan": "check a run without loading its weights: clips, buckets, targets, memory, disk",
-    "cache": "encode clips and captions ahead of training",
+    "init": "write a commented run.yaml for a model and a folder of clips or conversations",
+    "plan": "check a run without loading its weights: data, targets, memory, disk",
+    "cache": "encode clips and captions, or tokenise conversations, ahead of training",
     "train": "train, or go on where the run stopped",
     "stop": "let a run in the background save and end",
-    "sample": "make videos with a trained adapter, beside the base model's",
+    "sample": "make videos or replies with a trained adapter, beside the base model's",
     "show": "say what an adapter, a checkpoint, a run or a model folder holds",
     "export": "write an adapter in another program's format, and check the file",
     "convert": "turn a checkpoint of many processes into one safetensors file",
@@ -96,7 +96,7 @@ def _help() -> str:
     lines += [f"  {name:<10} from {place.partition(':')[0]}" for name, place in verbs.items() if name not in own]
     return "\n".join(
         [
-            "Weft trains adapters on frozen video models.",
+            "Weft trains adapters on frozen video and language models.",
             "",
             "usage: weft VERB ...      weft VERB --help tells more",
             "",

@@ -23,7 +23,9 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
         metavar="ADAPTER",
         help="folders or files of LoRA adapters on the same layers, or folders of finished runs",
     )
-    parser.add_argument("--out", type=Path, required=True, help="new folder, written for PEFT and for diffusers")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="new folder, written for PEFT, and of video adapters for diffusers"
+    )
     parser.add_argument("--rank", type=int, help="of the result; default: the sum of all ranks, which is exact")
     parser.add_argument("--weights", help="such as 3,1: how much each adapter counts (default: all alike)")
     return parser.parse_args(argv)

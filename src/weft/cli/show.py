@@ -57,7 +57,7 @@ def facts_of(path: Path) -> Facts:
         return run_facts(path)
     if (path / "model_index.json").is_file() or (path / "transformer" / "config.json").is_file():
         return model_facts(path)
-    if found := official_facts(path):
+    if found := language_model_facts(path) or official_facts(path):
         return found
     names = sorted(entry.name for entry in path.iterdir())
     inside = ", ".join(names[:5]) + (" and more" if len(names) > 5 else "") if names else "nothing"
@@ -71,6 +71,8 @@ def adapter_facts(path: Path) -> Facts:
     found = describe(path)
     provenance = {name.removeprefix("weft."): value for name, value in found.metadata.items()}
     config = _json(provenance.pop("config", ""))
+    if (items := provenance.get("data.items", "")).isdecimal():
+        provenance["data.items"] = f"{items} {_items(config)}"
     variant = [name for name, used in (("rslora", found.rslora), ("dora", found.dora)) if used]
     return {
         "what": f"{KINDS[found.kind]} in {found.format} format" + (f" ({', '.join(variant)})" if variant else ""),
@@ -151,6 +153,36 @@ def model_facts(folder: Path) -> Facts:
     return facts
 
 
+def language_model_facts(folder: Path) -> Facts:
+    """Of a decoder's folder as transformers saves it; nothing for other folders. Sizes as its config says them."""
+    network = _decoder(folder)
+    if not network:
+        return {}
+    config = _json((folder / "config.json").read_text(encoding="utf-8"))
+    weights = sorted(folder.glob("*.safetensors"))
+    sizes = {"blocks": "num_hidden_layers", "width": "hidden_size", "vocabulary": "vocab_size",
+             "context": "max_position_embeddings"}  # fmt: skip
+    tokenizer = _json(found.read_text("utf-8")) if (found := folder / "tokenizer_config.json").is_file() else {}
+    template = (folder / "chat_template.jinja").is_file() or bool(tokenizer.get("chat_template"))
+    return {
+        "what": "a language model",
+        "network": f"{network}, {_weights(weights)}" if weights else f"{network}, no .safetensors file",
+        **{name: config[key] for name, key in sizes.items() if key in config},
+        "tokenizer": tokenizer.get("tokenizer_class", "there") if tokenizer else "none",
+        "chat template": "there" if template else "none",
+    }
+
+
+def _decoder(folder: Path) -> str:
+    """The class of the decoder that a folder holds; empty where it holds none."""
+    from weft.families.causal_lm import DECODERS, is_language_model
+
+    if not is_language_model(folder):
+        return ""
+    named = _json((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
+    return named[0] if named[0].endswith(DECODERS) else ""
+
+
 def weight_file_facts(path: Path) -> Facts:
     """Of a file with the weights of a base model or one of its parts; nothing for other files."""
     from weft.families.sniff import Tensors, content_of, header_of
@@ -164,9 +196,11 @@ def weight_file_facts(path: Path) -> Facts:
     else:
         return {}
     content = content_of(header)
-    if content.kind == "adapter" or (content.kind == "unknown" and not content.foreign):
+    decoder = _decoder(path.parent) if content.kind in ("text encoder", "unknown") else ""
+    if content.kind == "adapter" or (content.kind == "unknown" and not content.foreign and not decoder):
         return {}
-    facts: Facts = {"what": str(content), "file": str(path), "size": _size(path.stat().st_size)}
+    what = f"weights of a language model, {decoder}" if decoder else str(content)
+    facts: Facts = {"what": what, "file": str(path), "size": _size(path.stat().st_size)}
     facts |= {"parameters": content.numbers, "dtype": content.precision}
     if content.naming:
         facts["names"] = "of the makers" if content.naming == "official" else "of diffusers and transformers"
@@ -229,6 +263,14 @@ def _by_step(folder: Path) -> list[Path]:
     """Folders global_step_N and, of an expert, global_step_N_high, by their step."""
     found = {path: path.name.split("_")[2] for path in folder.glob("global_step_*")}
     return sorted((path for path in found if found[path].isdecimal()), key=lambda path: (int(found[path]), path.name))
+
+
+def _items(config: Mapping[str, Any]) -> str:
+    """What the items of a run's data are."""
+    from weft import plugins
+
+    family = plugins.section_types("family").get(config.get("family", {}).get("kind"))
+    return {"video": "clips", "text": "conversations"}[family.medium] if family else "items"
 
 
 def _json(text: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """weft train: one run, from its config to its adapter, in this process or on several."""
 
 import argparse
+import logging
 import os
 import shlex
 import signal
@@ -72,6 +73,7 @@ def train(path: Path, overrides: Sequence[str]) -> int:
 
 def train_here(path: Path, overrides: Sequence[str], rank: Rank) -> int:
     """The training itself; only rank 0 talks of it."""
+    quiet_libraries()
     from weft.cli.accelerated import accelerate_overrides
     from weft.run.config import parse_config, read_source
 
@@ -83,7 +85,6 @@ def train_here(path: Path, overrides: Sequence[str], rank: Rank) -> int:
     from weft.run.listeners import Terminal
     from weft.run.start import train_run
 
-    quiet_libraries()
     terminal = Terminal() if rank.number == 0 else None
     request = StopRequest(silent=not rank.alone and (rank.number > 0 or rank.outcome is not None))
     request.listen()
@@ -97,20 +98,36 @@ def train_here(path: Path, overrides: Sequence[str], rank: Rank) -> int:
             print(f"adapter: {folder}")
         return 0
     if terminal:
-        print(f"saved at step {result.step}.", file=sys.stderr)
-        if rank.outcome is None:  # else the launcher tells its own command
+        again = ""  # the launcher tells its own command
+        if rank.outcome is None:
             command = ["weft", "train", str(path), *overrides]
             again = shlex.join(command) if rank.alone else "the launcher's command that started it"
-            print(f"To go on, run the same command again:\n  {again}", file=sys.stderr)
+            again = f" To go on, run the same command again:\n  {again}"
+        print(f"saved at step {result.step}.{again}", file=sys.stderr)
     return 128 + (request.signal or signal.SIGTERM)  # it may have been another rank that was asked
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' own bars and advice out of ours; their errors still come."""
+    """Keep the libraries' own bars and advice out of ours; their errors still come. Before they are imported: they
+    read these variables once."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    # transformers imports DeepSpeed where it is installed, which then says so on every machine without a GPU.
+    logging.getLogger("DeepSpeed").addFilter(NoRemark("Setting accelerator to CPU"))
+
+
+class NoRemark(logging.Filter):
+    """Lets all messages pass but those that begin with the given words."""
+
+    def __init__(self, beginning: str) -> None:
+        super().__init__()
+        self.beginning = beginning
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self.beginning)
 
 
 class StopRequest:

@@ -96,7 +96,7 @@ class Filling:
             theirs = encode(wanted)
             if len(theirs) == len(wanted):
                 if not told:
-                    self.tell(Notice(text=f"{len(theirs)} cache entries are being made by another process: waiting"))
+                    self.tell(Notice(text=f"cache: waiting for {len(theirs)} that another process makes"))
                     told = True
                 time.sleep(WAIT_SECONDS)
             wanted = theirs

@@ -64,9 +64,10 @@ class RankLogs(LogsSpecs):
             return {}
 
     def log(self, rank: int) -> Path | None:
-        """The file with a rank's trace, else with what it wrote as errors; None when all is on the terminal."""
-        trace = self.outcomes[rank].with_suffix(".trace")
-        return trace if trace.is_file() else self.files.get(rank)
+        """The file with a rank's trace, else with what it wrote as errors; None when it wrote nothing, or all on the
+        terminal."""
+        files = self.outcomes[rank].with_suffix(".trace"), self.files.get(rank)
+        return next((file for file in files if file and file.is_file() and file.stat().st_size), None)
 
     def last_line(self, rank: int) -> str:
         """The last line that a rank wrote as an error, where it is in a file."""

@@ -25,6 +25,7 @@ ATTENTION = r"(?:self_attn|self_attention|attn|attention)\.\w+"
 MLP = r"(?:mlp|feed_forward|shared_mlp)\.(?:\w+\.)*\w+"
 FULL = ("fp32", "bf16", "fp16")
 TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "spiece")
+DECODERS = ("ForCausalLM", "LMHeadModel")  # ends of the names of their classes
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
 
@@ -262,6 +263,18 @@ class CausalLM(Section):
 
         assert isinstance(inputs, Tokens), "a language model is asked about tokens"
         return call(ids=inputs.ids, positions=inputs.positions, labels=inputs.labels)
+
+
+def is_language_model(folder: Path) -> bool:
+    """Whether a folder is one as transformers saves it, and no part of a video model."""
+    path = folder / "config.json"
+    if not path.is_file() or (folder / "model_index.json").exists():
+        return False
+    try:
+        plain = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        return False
+    return isinstance(plain, dict) and "model_type" in plain and "_class_name" not in plain
 
 
 def _digest(paths: Sequence[Path]) -> str:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import nn
 
 from weft import plugins
 from weft.adapters.recipe import recipe_of
-from weft.contracts import DEFAULT, Adapters, Encoders, Engine, Model, ModelFamily
+from weft.contracts import DEFAULT, Adapters, Encoders, Engine, Model, ModelFamily, as_video
 from weft.errors import ConfigError, ModelError
+from weft.families.causal_lm import is_language_model
 from weft.formats.adapter_file import SavedAdapter
 from weft.formats.canonical import at_strength
 from weft.formats.reading import read_adapter
@@ -28,9 +30,13 @@ class Applied:
 
     model: Model
     engine: Engine
-    encoders: Encoders
     config: Mapping[str, Any]
     trained_here: bool
+
+    @cached_property
+    def encoders(self) -> Encoders:
+        """Those of a video model, loaded when they are first asked for."""
+        return as_video(self.model.family).encoders(self.engine.device, self.engine.carry)
 
     @contextmanager
     def use(self, adapter: bool = True) -> Iterator[None]:
@@ -39,6 +45,20 @@ class Applied:
             for role in self.model.adapters.names if adapter else (None,):
                 stack.enter_context(self.model.adapters.use(role))
             yield
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Adapters, and the family of the base that they go on: what is known before weights are read. source: of the base,
+    where another one was named than the adapters were trained on."""
+
+    found: Sequence["Found"]
+    family: Any
+    source: str | None
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.found[0].config
 
 
 @dataclass(frozen=True)
@@ -68,7 +88,8 @@ def find_adapters(paths: Sequence[Path]) -> list[Found]:
     if twice:
         raise ModelError(
             f"{twice[0].path} and {twice[1].path} are both for "
-            f"{'the same network' if twice[0].expert == DEFAULT.name else 'expert ' + twice[0].expert}. Give one."
+            f"{'the same network' if twice[0].expert == DEFAULT.name else 'expert ' + twice[0].expert}. Give one, or "
+            "make one of them: weft merge --average."
         )
     return found
 
@@ -85,33 +106,38 @@ def base_family(config: Mapping[str, Any], source: str | None) -> Any:
         return family
     if not source:
         raise ConfigError("this adapter's file does not say which base it was trained on. Add --base FOLDER.")
-    return plugins.section_types("family")["wan"](source=source)
+    kind = "causal-lm" if is_language_model(Path(source)) else "wan"
+    return plugins.section_types("family")[kind](source=source)
 
 
 def trained_family(config: Mapping[str, Any], source: str | None) -> Any:
     """The family section of a training run, with another source when one is given."""
     facts = {**config["family"], **({"source": source} if source else {})}
+    facts.pop("kernels", None)  # of the machine that trained; those of another compute the same
     return plugins.section_types("family")[facts["kind"]](**facts)
+
+
+def choose(paths: Sequence[Path], source: str | None) -> Chosen:
+    """Read adapters, and tell their base. Raises WeftError."""
+    found = find_adapters(paths)
+    return Chosen(found, base_family(found[0].config, source), source)
 
 
 def apply_adapters(paths: Sequence[Path], source: str | None, device: str, precision: str, strength: float) -> Applied:
     """Load the base, put adapters on it at a strength (1: as trained), in eval mode. Raises WeftError."""
-    found = find_adapters(paths)
-    for one in found:
+    return apply_chosen(choose(paths, source), device, precision, strength)
+
+
+def apply_chosen(chosen: Chosen, device: str, precision: str, strength: float) -> Applied:
+    """The same with adapters that were read."""
+    for one in chosen.found:
         if (one.adapter.dora or one.adapter.kind == "oft") and strength != 1:
             name = "a DoRA" if one.adapter.dora else "an OFT"
             raise ConfigError(f"--strength: {one.path} is {name}, no multiple of whose weights is a weaker one.")
-    config = found[0].config
-    family = base_family(config, source)
     engine = plugins.find("engine", "torch")(device=device, precision=precision).open()
-    model = applied_model(found, family, engine, strength)
-    return Applied(
-        model,
-        engine,
-        family.encoders(engine.device, engine.carry),
-        config,
-        trained_here=all(is_trained_on(one, source) for one in found),
-    )
+    model = applied_model(chosen.found, chosen.family, engine, strength)
+    trained_here = all(is_trained_on(one, chosen.source) for one in chosen.found)
+    return Applied(model, engine, chosen.config, trained_here)
 
 
 def is_trained_on(one: Found, source: str | None) -> bool:

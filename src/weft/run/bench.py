@@ -1,5 +1,5 @@
 """How fast a training step is, where its time goes, and how near to the device's measured limit: the same loop as
-`weft train`, on random latents of a real shape."""
+`weft train`, on random latents or tokens of a real shape."""
 
 import platform
 import tempfile
@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from weft.contracts import Batch, Engine, Phase
-from weft.data.buckets import Bucket
+from weft.contracts import Batch, Engine, Phase, as_text, as_video
 from weft.events import Event, StepEnded
 from weft.math.chance import generator
 from weft.run.assemble import assemble, count_parameters
+from weft.run.checks import settled
 from weft.run.config import RunConfig
 from weft.run.estimate import estimate
 from weft.run.learner import Learner
 from weft.run.listeners import EventLog
+from weft.run.questions import Row, Shape
 from weft.run.rehearsal import Stage, rehearsed
 from weft.run.shortage import peak_of
 from weft.run.train import Course, Outcome, train
@@ -33,23 +34,17 @@ SCHEMA = 1
 
 
 @dataclass
-class RandomClips:
-    """A stream of random latents of one shape, made before the clock runs."""
+class RandomItems:
+    """A stream of random items of one shape, made before the clock runs."""
 
-    latents: tuple[int, ...]
-    conditions: Callable[[int, int, int, int], Any]
-    items: int
+    make: Callable[[int], Batch]
     last_step: int
     name: str = "random"
     made: list[Batch] = field(default_factory=list)
 
     def batches(self, start: int, rank: int, world: int) -> Iterator[Batch]:
         if not self.made:
-            for i in range(4):
-                chance = generator("cpu", "bench", i)
-                latents = torch.randn((self.items, *self.latents), generator=chance)
-                keys = tuple(f"{i}.{k}" for k in range(self.items))
-                self.made.append(Batch({"latents": latents, **self.conditions(self.items, *self.latents[1:])}, keys))
+            self.made.extend(map(self.make, range(4)))
         for number in count(start + rank, world):
             yield self.made[number % len(self.made)]
 
@@ -62,6 +57,30 @@ class RandomClips:
 
     def resume_at(self, position: Mapping[str, Any]) -> None:
         """Its draws follow from their numbers."""
+
+
+def random_items(config: RunConfig, shape: Shape) -> Callable[[int], Batch]:
+    """What makes the n-th batch: latents of clips, or rows that are each one conversation, every token learned."""
+    items = config.data.batch_size
+
+    def rows(number: int) -> Batch:
+        chance = generator("cpu", "bench", number)
+        ids = torch.randint(len(tokenizer), (items, shape.tokens + 1), generator=chance)
+        positions = torch.arange(shape.tokens).repeat(items, 1)
+        tensors = {"ids": ids[:, :-1].contiguous(), "positions": positions, "labels": ids[:, 1:].contiguous()}
+        return Batch(tensors, tuple(f"{number}.{k}" for k in range(items)))
+
+    def clips(number: int) -> Batch:
+        random = torch.randn((items, *latents), generator=generator("cpu", "bench", number))
+        tensors = {"latents": random, **family.conditions(items, *latents[1:])}
+        return Batch(tensors, tuple(f"{number}.{k}" for k in range(items)))
+
+    if isinstance(shape, Row):
+        tokenizer = as_text(config.family).tokenizer()
+        return rows
+    family = as_video(config.family)
+    latents = family.geometry().latent_shape(shape.frames, shape.height, shape.width)
+    return clips
 
 
 class Nothing:
@@ -89,31 +108,31 @@ class Ear:
             self.steps.append(replace(event, seconds={**event.seconds, "logging": logging, "total": total}))
 
 
-def bench(config: RunConfig, bucket: Bucket, steps: int) -> dict[str, Any]:
-    """Time steps of one bucket after a warm-up. Returns the figures of docs/benchmarks.md, as plain data."""
+def bench(config: RunConfig, shape: Shape, steps: int) -> dict[str, Any]:
+    """Time steps of one shape after a warm-up. Returns the figures of docs/benchmarks.md, as plain data."""
+    schedule = config.schedule.model_copy(update={"epochs": None})  # no data are read, so that it has no length
+    config = settled(config.model_copy(update={"schedule": schedule}), None, 1)
     engine = config.engine.open()
     ceiling = matmul_peak(engine)
     reset_peak(engine)
     learner = assemble(config, engine)
-    geometry, items = config.family.geometry(), config.data.batch_size
-    stream = RandomClips(
-        geometry.latent_shape(bucket.frames, bucket.height, bucket.width), config.family.conditions, items,
-        WARM_UP + steps,
-    )  # fmt: skip
+    items = config.data.batch_size
+    stream = RandomItems(random_items(config, shape), WARM_UP + steps)
     with tempfile.TemporaryDirectory() as folder:
         heard = Ear(EventLog(Path(folder) / "events.rank0.jsonl"))
         train(learner, [stream], Course(config.schedule, Nothing(), heard, wait=waiter(engine)))
     counted = heard.steps[WARM_UP:]
     seconds = [event.seconds["total"] for event in counted]
-    flops = model_flops(config, bucket) * config.schedule.accumulate
-    predicted = estimate(config, [bucket], count_parameters(learner).trainable)[bucket]
+    flops = model_flops(config, shape) * config.schedule.accumulate
+    predicted = estimate(config, [shape], count_parameters(learner).trainable)[shape]
     losses = [next(value for name, value in e.metrics.items() if name.endswith("/loss")) for e in heard.steps]
-    tokens = bucket.tokens * items * config.schedule.accumulate
+    tokens = shape.tokens * items * config.schedule.accumulate
+    library = "transformers" if isinstance(shape, Row) else "diffusers"
     return {
         "schema": SCHEMA,
         "hardware": hardware(engine),
-        "software": {name: version(name) for name in ("weft", "torch", "diffusers", "peft")},
-        "case": {**case(config, bucket), "precision": engine.precision},
+        "software": {name: version(name) for name in ("weft", "torch", library, "peft")},
+        "case": {**case(config, shape), "precision": engine.precision},
         "ceiling_matmul_flops": ceiling,
         "model_flops": flops,
         "step_seconds": {"median": median(seconds), **spread(seconds), "steps": len(seconds)},
@@ -149,15 +168,14 @@ def shares(events: Sequence[StepEnded]) -> dict[str, float]:
     return {**parts, "loop": 1 - sum(parts.values())}
 
 
-def case(config: RunConfig, bucket: Bucket) -> dict[str, Any]:
+def case(config: RunConfig, shape: Shape) -> dict[str, Any]:
     """What was measured."""
+    clip = {} if isinstance(shape, Row) else {"frames": shape.frames, "height": shape.height, "width": shape.width}
     return {
         "family": config.family.kind,
         "source": config.family.source,
-        "frames": bucket.frames,
-        "height": bucket.height,
-        "width": bucket.width,
-        "tokens": bucket.tokens,
+        **clip,
+        "tokens": shape.tokens,
         "batch": config.data.batch_size,
         "accumulate": config.schedule.accumulate,
         "adapter": config.adapter.summary(),
@@ -189,13 +207,14 @@ def matmul_peak(engine: Engine) -> float:
     return 2 * side**3 / best
 
 
-def model_flops(config: RunConfig, bucket: Bucket) -> int:
+def model_flops(config: RunConfig, shape: Shape) -> int:
     """FLOP of one micro-batch, forward and backward without recomputation, counted on fake tensors.
 
-    Matrix products and convolutions as torch counts them; attention 4 Nq Nk d forward and 8 Nq Nk d backward.
+    Matrix products and convolutions as torch counts them; attention 4 Nq Nk d forward and 8 Nq Nk d backward, of a row
+    of text as if each token saw all others. A head of words counts for every token.
     """
     counter = FlopCounterMode(display=False, custom_mapping=attention_flops())
-    with rehearsed(config, bucket, Stage(torch.float32)) as rehearsal, counter:
+    with rehearsed(config, shape, Stage(torch.float32)) as rehearsal, counter:
         rehearsal.loss().backward()
     return counter.get_total_flops()
 

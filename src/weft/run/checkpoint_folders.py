@@ -140,7 +140,7 @@ def find_checkpoint(run: Path, resume: str) -> tuple[Path | None, list[str]]:
                 return folder, passed
             passed.append(f"{folder}: passed over, {problem}.")
         if resume == "latest" or passed:
-            raise RunError(f"resume: {run} has no whole checkpoint. " + " ".join(passed))
+            raise RunError(" ".join([f"resume: {run} has no whole checkpoint.", *passed]))
         return None, []
     return named_checkpoint(run, resume, there), []
 

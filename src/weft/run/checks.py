@@ -17,6 +17,7 @@ from weft.run.config import RunConfig
 from weft.run.shots import check_shots, shots_of
 from weft.run.surveyed import surveyed, unheard
 from weft.run.trackers import check_trackers
+from weft.run.writing import check_replies
 
 
 def check(config: RunConfig, engine: Engine | None = None, tell: Listener = unheard) -> Any:
@@ -67,9 +68,11 @@ def check_optimizer(config: RunConfig) -> None:
 
 
 def check_samples(config: RunConfig) -> None:
-    """Raises ConfigError for sample sizes and first frames that the model cannot take."""
+    """Raises ConfigError for sample sizes, first frames and prompts that the model cannot take."""
     if config.family.medium == "video":
         check_shots(config.family, shots_of(config.samples), "samples.")
+    else:
+        check_replies(config)
 
 
 def settled(config: RunConfig, survey: Any, data_world: int) -> RunConfig:

@@ -120,8 +120,9 @@ class DataWait:
         self._said = True
         return (
             f"the loop waits for data {share:.0%} of the time: the last {self.STEPS} steps waited "
-            f"{sum(waited for waited, _ in self._recent):.1f} s for clips. With data.cache: disk they are encoded once "
-            "and then only read; where that is set, the disk or the free cores are too slow for these batches."
+            f"{sum(waited for waited, _ in self._recent):.1f} s for batches. With data.cache: disk all is encoded "
+            "once and then only read; where that is set, or data is streamed, the disk, the network or the free cores "
+            "are too slow for these batches."
         )
 
 

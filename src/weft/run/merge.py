@@ -6,6 +6,7 @@ the ranks.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,8 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from weft import plugins
 from weft.durable import write_folder
 from weft.errors import ConfigError, ModelError
+from weft.families.causal_lm import CausalLM
 from weft.formats.adapter_file import A, B, SavedAdapter
 from weft.formats.diffusers import DiffusersFile
 from weft.formats.peft import PeftFolder
@@ -132,15 +135,27 @@ def provenance(parents: Sequence[Parent], rank: int | None) -> dict[str, str]:
 
 
 def write_average(folder: Path, adapter: SavedAdapter) -> None:
-    """Write the adapter for PEFT and for diffusers. Raises ConfigError for a folder that holds something."""
+    """Write the adapter for PEFT, and one of a video model for diffusers. Raises ConfigError for a folder that holds
+    something."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"--out: {folder} is there already and not empty. Name a new folder.")
     write_folder(folder, partial(_fill, adapter))
 
 
 def _fill(adapter: SavedAdapter, folder: Path) -> None:
-    for style in (PeftFolder(), DiffusersFile()):
-        style.write(folder, adapter)
+    PeftFolder().write(folder, adapter)
+    if medium_of(adapter) == "video":
+        DiffusersFile().write(folder, adapter)
+
+
+def medium_of(adapter: SavedAdapter) -> str:
+    """video or text: as its header says, else as the layers are called that it stands on."""
+    named = plugins.section_types("family").get(adapter.metadata.get("weft.family", ""))
+    if named is not None:
+        return named.medium
+    patterns = [CausalLM.targets[name] for name in ("attention", "mlp")]
+    decoder = any(re.fullmatch(pattern, path) for pattern in patterns for path in adapter.paths)
+    return "text" if decoder else "video"
 
 
 def _refuse_other_kinds(parent: Parent) -> None:

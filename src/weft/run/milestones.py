@@ -176,8 +176,8 @@ class Keeper:
         if in_a_row >= (10 * limit if overflow else limit):
             raise RunError(
                 f"{self.run}: {in_a_row} steps in a row had a gradient that is not finite, the last at step "
-                f"{learner.step + 1}. Their clips and numbers are in {self.run / 'incidents'}. Lower optimizer.lr or "
-                "look at those clips; the newest checkpoint is from before."
+                f"{learner.step + 1}. Their items and numbers are in {self.run / 'incidents'}. Lower optimizer.lr or "
+                "look at those items; the newest checkpoint is from before."
             )
 
     def _keep_incident(self, learner: Learner, phase: Phase, outcome: Outcome) -> Path:

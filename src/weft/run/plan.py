@@ -51,8 +51,8 @@ class Plan:
 
 
 def plan(config: RunConfig, limit: int | None = None, processes: int | None = None) -> Plan:
-    """A run as it would go on GPUs with a memory of limit bytes, or else on this machine's device; on so many processes,
-    or the fewest that the config can mean.
+    """A run as it would go on GPUs with a memory of limit bytes, or else on this machine's device; on so many
+    processes, or the fewest that the config can mean.
 
     Raises WeftError only for what makes a plan impossible; all else is in its problems.
     """
@@ -77,7 +77,8 @@ def plan(config: RunConfig, limit: int | None = None, processes: int | None = No
     trainable = experts * config.adapter.trainable(targets)
     card = card_of(config) if limit is None else Card(gpu=True, memory=limit)
     memory = estimate(config, sorted(shapes, key=lambda shape: -shape.tokens), trainable, card, layout)
-    limit = device_memory(config) if limit is None else limit
+    if limit is None and (card.gpu or layout.world == 1):  # how many processes share a host's memory is not known
+        limit = device_memory(config)
     over = limit is not None and any(each.total > limit for each in memory.values())
     together = config.schedule.accumulate * layout.data_world  # micro-batches of a step
     per_epoch = survey.steps_per_epoch(config.data.batch_size, together) if shapes else 0

@@ -109,11 +109,12 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the memory that operators take, real or fake, from its making until nothing refers to it any more.
+SCRATCH = {torch.ops.aten.logsumexp.default}  # operators that copy their input inside: exp(x - max x)
 
-    ignore: what is made inside is not counted, such as copies in host memory.
-    """
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the memory that operators take, real or fake, from its making until nothing refers to it any more; of
+    what they take only while they run, that of SCRATCH."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,6 +123,8 @@ class LiveBytes(TorchDispatchMode):
         self._ignoring = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in SCRATCH and not self._ignoring:
+            self.peak = max(self.peak, self.now + args[0].nbytes)
         given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):

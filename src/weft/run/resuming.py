@@ -2,6 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
 
 from weft.config.show import Change, diff
 from weft.errors import RunError
@@ -15,7 +18,7 @@ def resumed_state(config: RunConfig, inputs: Mapping[str, str], checkpoint: Path
         return None
     saved = read_checkpoint(checkpoint)
     now = {**config.resolved(), "inputs": dict(inputs)}
-    changes = [c for c in diff(saved.config, now) if not is_free(c, config.resume_allow)]
+    changes = [c for c in diff(completed(saved.config), now) if not is_free(c, config.resume_allow)]
     if changes:
         lines = "\n".join(f"  {c.path}: {c.old!r} -> {c.new!r}" for c in changes)
         paths = sorted({c.path for c in changes})
@@ -30,6 +33,16 @@ def resumed_state(config: RunConfig, inputs: Mapping[str, str], checkpoint: Path
             f"{checkpoint} is at step {saved.step}, beyond schedule.steps ({config.schedule.steps}). Raise it."
         )
     return saved
+
+
+def completed(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A saved config with the defaults of keys that came into being since; as it is where it no longer parses."""
+    plain = dict(saved)
+    inputs = plain.pop("inputs", {})
+    try:
+        return {**RunConfig.model_validate(plain).resolved(), "inputs": inputs}
+    except ValidationError:
+        return saved
 
 
 def is_free(change: Change, allowed: Sequence[str]) -> bool:

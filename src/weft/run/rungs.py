@@ -104,7 +104,7 @@ def smaller_weights(need: Need, limit: int) -> Step | None:
 def smallest_weights(need: Need, limit: int) -> Step | None:
     if need.config.family.medium != "text":
         return None
-    cost = "frozen weights are rounded to 4 bits, as in QLoRA: a coarser approximation"
+    cost = "needs bitsandbytes; frozen weights are rounded to 4 bits, as in QLoRA: a coarser approximation"
     return Step("nf4 weights", {"family.dtype": "nf4"}, cost)
 
 

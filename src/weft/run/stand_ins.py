@@ -61,8 +61,8 @@ class OneOfSequence(Ring):
         if not goes_round:
             kind = Ring if self.method == "ring" else Ulysses
             return kind.attend_unevenly(self, attention, q, k, v, lengths)
-        heads = (x.transpose(1, 2) for x in (q, k, v))  # on a ring the keys of one rank are there at a time
-        return scaled_dot_product_attention(*heads, enable_gqa=q.shape[2] != k.shape[2]).transpose(1, 2)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # on a ring the keys of one rank are there at a time
+        return scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
     def _exchanged(self, x: Tensor) -> Tensor:
         return x.clone()

@@ -11,6 +11,7 @@ import yaml
 from weft.contracts import Engine
 from weft.data.cache import CacheStatus
 from weft.durable import write_whole
+from weft.engines.peers import LOST_PEER, lost_peer
 from weft.errors import ConfigError, RunError
 from weft.events import Listener, Notice, PhaseStarted, RunEnded, RunStarted, tell_all
 from weft.run.assemble import assemble, count_parameters, free_memory, start_from
@@ -130,7 +131,7 @@ def open_run(config: RunConfig, engine: Engine, tell: Listener, input_text: str)
                 f"{run}: the disk is full, at step {work.step}. Older checkpoints are untouched: "
                 "free some space and run the same command again to go on from the newest."
             ) from failed
-        reason = f"{type(failed).__name__}: {failed}".splitlines()[0]
+        reason = LOST_PEER if lost_peer(failed) else f"{type(failed).__name__}: {failed}".splitlines()[0]
         work.tell(RunEnded(step=work.step, outcome="failed", reason=reason))
         raise
     finally:
