@@ -79,7 +79,7 @@ def test_the_readme_starts_with_two_lines_and_continuous_integration_runs_the_se
     start = (ROOT / "README.md").read_text("utf-8").partition("## Start")[2].partition("\n## ")[0]
     first, second = re.findall(r"```bash\n(.+)\n```", start)
     assert first == "pip install '.[video]' && weft demo"
-    assert second == "pip install '.[video,test]' && pytest"
+    assert second == "pip install '.[video,test]' && pytest -n 2 --dist loadfile"
     ci = (ROOT / ".ci" / "run").read_text("utf-8").splitlines()
     assert ci[-1] == second
 

@@ -6,7 +6,9 @@ import pytest
 
 from tests.config.small import Small
 from weft.config.explain import explain, keys, schema, schema_text
+from weft.config.parse import parse
 from weft.config.peers import PEERS
+from weft.config.source import read_text
 from weft.errors import ConfigError
 from weft.run.config import RunConfig
 
@@ -49,6 +51,27 @@ def test_help_on_what_is_not_there_names_the_nearest(path: str, said: str):
 def test_every_name_of_other_trainers_leads_to_a_key_that_exists():
     ours = set(keys(RunConfig))
     assert [name for name, peer in PEERS.items() if peer.ours not in ours] == []
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("parallel.ulysses_size=2", "This is VeOmni's name of parallel.sequence."),
+        ("dp_shard_size=2", "This is accelerate's name of parallel.shard."),
+        ("engine.zero_stage=3", "This is accelerate's name of engine.zero. It needs kind: deepspeed."),
+        ("global_batch_size=8", "name of schedule.global_batch. accumulate follows from it."),
+        ("schedule.num_train_epochs=3", "name of schedule.epochs. It stands in place of steps."),
+        ("epochs=3", "Write it as schedule.epochs."),
+        ("save.save_epochs=1", "This is VeOmni's name of save.every_epochs."),
+        ("load_path=auto", "This is VeOmni's name of resume."),
+        ("data={kind: chat, max_seq_len: 2048}", "This is VeOmni's name of data.length. It needs kind: chat."),
+        ("parallel.tp_size=2", "Tensors are not parted here"),
+    ],
+)
+def test_names_of_distributed_trainers_are_answered_with_ours(line: str, said: str):
+    with pytest.raises(ConfigError) as caught:
+        parse(RunConfig, read_text("name: run", overrides=[line]))
+    assert any(said in problem for problem in caught.value.problems), caught.value.problems
 
 
 def test_no_name_of_other_trainers_is_a_key_of_ours_in_the_same_place():

@@ -68,7 +68,8 @@ def test_an_adapter_of_another_kind_is_no_start(plain, tmp_path):
 
 def test_a_format_that_a_kind_has_not_is_refused_in_the_config(plain):
     with pytest.raises(
-        ConfigError, match=r"save\.formats: an adapter of kind oft on a video model is written as peft, not as diffusers"
+        ConfigError,
+        match=r"save\.formats: an adapter of kind oft on a video model is written as peft, not as diffusers",
     ):
         settings(plain, "oft", save={"formats": ["peft", "diffusers"]})
     assert settings(plain, "oft").formats == ("peft",)

@@ -98,13 +98,16 @@ def train_here(path: Path, overrides: Sequence[str], rank: Rank) -> int:
             print(f"adapter: {folder}")
         return 0
     if terminal:
-        again = ""  # the launcher tells its own command
-        if rank.outcome is None:
-            command = ["weft", "train", str(path), *overrides]
-            again = shlex.join(command) if rank.alone else "the launcher's command that started it"
-            again = f" To go on, run the same command again:\n  {again}"
-        print(f"saved at step {result.step}.{again}", file=sys.stderr)
+        to_go_on = "" if rank.outcome else f" To go on, run {again(path, overrides, rank)}"
+        print(f"saved at step {result.step}.{to_go_on}", file=sys.stderr)
     return 128 + (request.signal or signal.SIGTERM)  # it may have been another rank that was asked
+
+
+def again(path: Path, overrides: Sequence[str], rank: Rank) -> str:
+    """What starts this run once more; another launcher's words are not known here."""
+    if not rank.alone:
+        return "the launcher's command that started it once more."
+    return f"the same command again:\n  {shlex.join(['weft', 'train', str(path), *overrides])}"
 
 
 def quiet_libraries() -> None:

@@ -30,7 +30,8 @@ def resumed_state(config: RunConfig, inputs: Mapping[str, str], checkpoint: Path
         )
     if saved.step > config.schedule.steps:
         raise RunError(
-            f"{checkpoint} is at step {saved.step}, beyond schedule.steps ({config.schedule.steps}). Raise it."
+            f"{checkpoint} is at step {saved.step}, beyond the {config.schedule.steps} steps that "
+            f"schedule.{'epochs' if config.schedule.epochs is not None else 'steps'} makes. Raise it."
         )
     return saved
 
