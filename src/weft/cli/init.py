@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from weft.cli.init_text import LANGUAGE_MODELS, Lines, context_of, is_language_model, look_at, text_lines
+from weft.cli.init_text import LANGUAGE_MODELS, Lines, context_of, look_at, text_lines
 from weft.cli.models import MODELS, WAN_I2V, KnownModel, recognised
 from weft.config.show import inline
 from weft.data.manifest import IMAGE_ENDINGS, MANIFEST_ENDINGS, VIDEO_ENDINGS
 from weft.data.musubi import data_section
 from weft.errors import ConfigError, DataError, did_you_mean
+from weft.families.causal_lm import is_language_model
 
 COMMENT_COLUMN = 52
 # -> repository on the Hugging Face hub; None for what ships with Weft.

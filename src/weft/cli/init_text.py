@@ -39,20 +39,6 @@ class Chats:
         return max(1, EPOCHS * self.tokens // (length * ROWS))
 
 
-def is_language_model(folder: Path) -> bool:
-    """Whether a folder is one as transformers saves it, and no part of a video model."""
-    import json
-
-    path = folder / "config.json"
-    if not path.is_file() or (folder / "model_index.json").exists():
-        return False
-    try:
-        plain = json.loads(path.read_text("utf-8"))
-    except ValueError:
-        return False
-    return isinstance(plain, dict) and "model_type" in plain and "_class_name" not in plain
-
-
 def context_of(folder: Path) -> int:
     """Tokens of the longest row that the model in a folder takes. Raises ModelError for what is no decoder of text."""
     from weft.families.causal_lm import CausalLM

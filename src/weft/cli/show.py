@@ -132,7 +132,8 @@ def _progress(log: Path, config: Mapping[str, Any]) -> Facts:
     if events and events[-1].get("event") == "run_ended":
         reason = events[-1].get("reason")
         state = events[-1]["outcome"] + (f": {reason}" if reason else "")
-    total = config.get("schedule", {}).get("steps", "?")
+    started = [event for event in events if event.get("event") == "run_started"]
+    total = started[-1]["total_steps"] if started else config.get("schedule", {}).get("steps", "?")
     last = steps[-1] if steps else {"step": 0, "metrics": {}}
     return {"state": state, "step": f"{last['step']} of {total}", "last metrics": last["metrics"] or "none"}
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -69,13 +69,6 @@ class CausalLM(Section):
         "w2": "mlp.down_proj",
         "ffn": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
     }
-
-    def __copy__(self) -> Self:
-        """A copy that looks for its files anew: model_copy may change the source."""
-        copied = super().__copy__()
-        for name in set(copied.__dict__) - set(type(self).model_fields):
-            copied.__dict__.pop(name)  # type: ignore[attr-defined]  # pydantic calls it read-only; an instance's is a dict
-        return copied
 
     # ---- What the model is ----
 

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field
 
@@ -60,13 +60,6 @@ class VideoModel(Section):
         from weft.families.checkpoint import open_checkpoint
 
         return open_checkpoint(self.source, self.files, self.kind)  # type: ignore[arg-type]
-
-    def __copy__(self) -> Self:
-        """A copy that looks for its files anew: model_copy may change the source."""
-        copied = super().__copy__()
-        for name in set(copied.__dict__) - set(type(self).model_fields):
-            copied.__dict__.pop(name)  # type: ignore[attr-defined]  # pydantic calls it read-only; an instance's is a dict
-        return copied
 
     @property
     @abstractmethod

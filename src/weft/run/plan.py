@@ -34,16 +34,12 @@ class Plan:
     steps: int
     items: int  # of a step, on all processes together
     steps_per_epoch: int | None  # None: of streams it is not known
+    epochs: float | None  # passes over the data
     cache: CacheStatus
     disk: int  # bytes that checkpoints and adapters will take
     problems: tuple[str, ...]
     limit: int | None  # bytes of memory that there are, as asked for or of the device; None: not known
     rungs: tuple[Rung, ...]  # what would bring the largest shape below the limit; empty when it fits
-
-    @property
-    def epochs(self) -> float | None:
-        """Passes over the data; None where that is not known."""
-        return self.steps / self.steps_per_epoch if self.steps_per_epoch else None
 
     @property
     def shapes_are_buckets(self) -> bool:
@@ -81,6 +77,7 @@ def plan(config: RunConfig, limit: int | None = None, processes: int | None = No
         limit = device_memory(config)
     over = limit is not None and any(each.total > limit for each in memory.values())
     together = config.schedule.accumulate * layout.data_world  # micro-batches of a step
+    draws = survey.epoch_draws(config.data.batch_size) if shapes else None
     per_epoch = survey.steps_per_epoch(config.data.batch_size, together) if shapes else 0
     return Plan(
         survey=survey,
@@ -93,6 +90,7 @@ def plan(config: RunConfig, limit: int | None = None, processes: int | None = No
         steps=config.schedule.steps,
         items=items_per_step(config, layout.data_world),
         steps_per_epoch=per_epoch,
+        epochs=config.schedule.steps * together / draws if draws else None,
         cache=config.data.store(survey, identity).status(),
         disk=disk_bytes(config, trainable, per_epoch),
         problems=(*late, *problems),
