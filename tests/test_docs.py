@@ -20,25 +20,14 @@ DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROO
 CODE = re.compile(r"```.*?```|`[^`\n]+`", re.DOTALL)
 
 
-def tree_of(text: str) -> dict[str, str]:
-    """Path -> sentence of the tree that the README prints."""
-    found, room = {}, ""
-    for line in text.partition("```text\nsrc/weft/\n")[2].partition("```")[0].splitlines():
-        name, _, sentence = line.strip().partition(" ")
-        if name.endswith("/"):
-            room = name
-            continue
-        found[(room if line.startswith("    ") else "") + name] = sentence.strip()
-    return found
-
-
 def anchor(heading: str) -> str:
     """A heading as the page's own links name it."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def test_the_readmes_tree_is_that_of_the_files_with_a_sentence_for_each():
-    printed = tree_of((ROOT / "README.md").read_text("utf-8"))
+    written = runpy.run_path(str(ROOT / "docs" / "readme_tree.py"))
+    printed = written["printed"]((ROOT / "README.md").read_text("utf-8"))
     paths = [path.relative_to(HOUSE) for path in HOUSE.rglob("*.py")]
     there = {path.as_posix() for path in paths if path.name != "__init__.py" or path.parent == Path()}
     assert sorted(printed) == sorted(there) and all(printed.values())
