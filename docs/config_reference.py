@@ -10,9 +10,10 @@ BEGIN, END = "<!-- reference: written by docs/config_reference.py -->", "<!-- en
 
 
 def section_paths() -> list[str]:
-    """Dotted paths of all sections, the whole run first; '' is the run. List items stand under their list."""
+    """Dotted paths of all sections, the whole run first; '' is the run. List items stand under their list, and what a
+    role may have of its own under adapter and optimizer."""
     around = [key.rpartition(".")[0].removesuffix(".0") for key in keys(RunConfig)]
-    return list(dict.fromkeys(around))
+    return [path for path in dict.fromkeys(around) if not path.startswith("roles.NAME.")]
 
 
 def reference() -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from weft.few_steps import StepList
 from weft.models import (  # noqa: F401  # all nouns are found here; a model's own stand in a file for themselves
     DEFAULT,
     Berth,
@@ -95,13 +96,14 @@ class Rng:
     own: of the micro-batch, whichever rank has it (noise). shared: equal on all ranks that are at work at the same
     time; anything that alters which network calls are made must come from it, or sharded engines wait for ever.
     draw: number of this micro-batch among its phase's, counted over all ranks since the run began, so that stratified
-    draws go on across steps.
+    draws go on across steps. done: steps that the phase has had before; equal on all ranks and in all micro-batches.
     """
 
     own: torch.Generator
     shared: torch.Generator
     seed: int
     draw: int
+    done: int = 0
 
 
 # ---- Model --------------------------------------------------------------------------------------------------------
@@ -111,7 +113,11 @@ class Adapters(Protocol):
     """The named adapters that stand on one network. Keys are canonical: `PATH.lora_A.weight` is (rank, in)."""
 
     names: tuple[str, ...]
-    paths: tuple[str, ...]  # of the adapted modules, in the network's own order
+    paths: tuple[str, ...]  # of the modules that the first one adapts, in the network's own order
+
+    def paths_of(self, name: str) -> tuple[str, ...]:
+        """Of the modules that an adapter changes: each may have a recipe of its own."""
+        ...
 
     def initialize(self) -> None:
         """First values, once the network stands where it trains. They depend on the seed, the adapter's name and the
@@ -225,6 +231,11 @@ class Objective(Protocol):
         ...
 
     @property
+    def texts(self) -> Mapping[str, str]:
+        """Name -> text that every batch tells beside its captions: its encodings are NAME/text, ..., each (1, ...)."""
+        ...
+
+    @property
     def needs(self) -> frozenset[str]: ...
     def init(self, model: Model) -> State: ...
     def optimizers(self, model: Model, state: State, build: BuildOptimizer) -> dict[str, Optimizer]: ...
@@ -250,6 +261,19 @@ class Validated(Protocol):
 
     def weights(self, batch: Batch) -> Tensor:
         """How much each item counts in a mean, (B,): 1 for clips, of text the number of learned tokens."""
+        ...
+
+
+@runtime_checkable
+class Distilled(Protocol):
+    """An objective whose student is sampled in a few steps of its own."""
+
+    def step_list(self, family: ModelFamily) -> StepList:
+        """The times at which the student is asked."""
+        ...
+
+    def needs_clips(self, family: ModelFamily) -> str | None:
+        """Why captions alone are not enough to train on; None when they are."""
         ...
 
 
@@ -306,7 +330,10 @@ class Engine(Protocol):
         """Wait until every rank is here."""
         ...
 
-    def backward(self, loss: Tensor, *, last: bool) -> None: ...
+    def backward(self, loss: Tensor, *, last: bool, optimizers: Sequence[str] = ()) -> None:
+        """Gradients of a micro-batch; last: of a step. optimizers: names of those that the phase moves; (): all."""
+        ...
+
     def step(self, optimizer: Optimizer, max_norm: float) -> "Stepped": ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...

@@ -174,6 +174,11 @@ class VideoFamily(ModelFamily, Protocol):
         ...
 
     @property
+    def flow_shift(self) -> float:
+        """How far the model's own sampler moves times toward noise: s in s t / (1 + (s-1) t)."""
+        ...
+
+    @property
     def embeds_guidance(self) -> bool:
         """Whether guidance is an input of the network, cond["guidance"] (B,), in place of a second question."""
         ...

@@ -19,14 +19,20 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
         "loha": "weft.adapters.loha:LoHa",
         "lokr": "weft.adapters.lokr:LoKr",
         "oft": "weft.adapters.oft:Oft",
+        "full": "weft.adapters.full:FullChange",
     },
     "objective": {
         "flow-matching": "weft.objectives.flow_matching:FlowMatching",
         "legacy-epsilon": "weft.objectives.legacy_epsilon:LegacyEpsilon",
+        "dmd": "weft.objectives.dmd:Dmd",
         "next-token": "weft.objectives.next_token:NextToken",
     },
     "engine": {"torch": "weft.engines.torch_engine:Torch", "deepspeed": "weft.engines.deepspeed:DeepSpeed"},
-    "data": {"video": "weft.data.video:VideoData", "chat": "weft.data.chat:ChatData"},
+    "data": {
+        "video": "weft.data.video:VideoData",
+        "prompts": "weft.data.prompts:PromptData",
+        "chat": "weft.data.chat:ChatData",
+    },
     "optimizer": {
         "adamw": "weft.run.optimizers:AdamW",
         "adamw8bit": "weft.run.optimizers:AdamW8bit",

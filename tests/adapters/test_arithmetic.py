@@ -157,7 +157,7 @@ def test_a_small_change_is_not_lost_in_bf16_beside_the_principal_part(backend):
         if backend == "peft":
             found = layer.lora_B["s"](layer.lora_A["s"](x))
         else:
-            found = layer.weft_lora.low_rank(layer.weft_lora["s"], Product(layer), x)
+            found = layer.weft_adapters["s"].low_rank(Product(layer), x)
     expected = x.double() @ delta.T
     assert (found - expected).norm() / expected.norm() < 2**-6  # some roundings of 2^-9 each
 

@@ -9,12 +9,18 @@ from torch.testing import assert_close
 
 from tests.adapters.conftest import PRESETS, new_wan
 from tests.adapters.recipes import KINDS, saved
+from weft.adapters.full import FullChange
 from weft.adapters.lora import Lora
 from weft.adapters.modules import dense_weight
 from weft.adapters.recipe import recipe_of
 from weft.families.storage import PACKINGS, Packed, PackedLinear, encoded, packable
 
-RECIPES = {**KINDS, "dora": Lora(rank=2, dora=True), "native dora": Lora(rank=2, dora=True, backend="native")}
+RECIPES = {
+    **KINDS,
+    "dora": Lora(rank=2, dora=True),
+    "native dora": Lora(rank=2, dora=True, backend="native"),
+    "full": FullChange(targets="attention+ffn"),
+}
 
 
 def pack(network, kind="fp8", dtype=torch.float32):

@@ -12,6 +12,7 @@ from tests.adapters.conftest import PRESETS, answer, new_wan
 from tests.adapters.recipes import KINDS
 from tests.adapters.test_packed_base import pack
 from tests.multi import spawn
+from weft.adapters.full import FullChange
 from weft.adapters.lora import Lora
 from weft.adapters.named import NamedAdapters
 from weft.adapters.recipe import Recipe
@@ -24,6 +25,7 @@ NAMES = ("student", "critic")
 RECIPES: dict[str, Recipe] = {
     **KINDS,
     "lora": Lora(rank=3, targets="attention+ffn"),
+    "full": FullChange(targets=("attn1.to_q", "ffn.net.2", "patch_embedding")),
     "dora": Lora(rank=3, dora=True, alpha=2),
     "dora native": Lora(rank=3, dora=True, alpha=2, backend="native"),
     "max norm": Lora(rank=5, max_norm=0.3),
@@ -37,7 +39,7 @@ MESHES = {2: Parallel(shard="auto"), 3: Parallel(shard="auto"), 4: Parallel(data
 # What is shown on how many: on three no width divides, and some parts are empty; on four there are two copies.
 SHOWN = {
     2: CASES,
-    3: ["loha", "lokr", "oft", "pissa", "conv native", "dora native", "max norm native", "dora on fp8"],
+    3: ["full", "loha", "lokr", "oft", "pissa", "conv native", "dora native", "max norm native", "dora on fp8"],
     4: ["lokr", "pissa native", "dora", "max norm"],
 }
 

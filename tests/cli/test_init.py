@@ -7,7 +7,8 @@ import pytest
 
 import weft
 from weft.cli.init import run
-from weft.cli.models import MODELS
+from weft.cli.models import MODELS, WAN_I2V
+from weft.cli.plan import run as plan
 from weft.errors import ConfigError, DataError, ModelError
 from weft.run.config import RunConfig, load_config
 
@@ -114,3 +115,59 @@ def test_a_model_of_two_networks_is_written_with_both_and_their_turns(clips: Pat
 def test_hunyuan_video_is_written_as_its_own_family(clips: Path):
     config = init("hunyuan-video", "--data", clips)
     assert (config.family.kind, config.samples.guidance) == ("hunyuan-video", 6.0)
+
+
+# ---- Distillation ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("# what is to be learned\na red square\n\na blue circle: it moves\na green ring\n")
+    return Path("prompts.txt")
+
+
+@pytest.mark.parametrize("model", [name for name, known in MODELS.items() if known.does != WAN_I2V])
+def test_a_model_is_distilled_on_captions_alone_at_the_size_that_it_is_sampled_in(model: str, captions: Path):
+    config, known = init(model, "--data", captions, "--distill"), MODELS[model]
+    assert (config.objective.kind, config.data.kind, config.data.files) == ("dmd", "prompts", (captions,))
+    assert (*config.data.buckets.sizes[0], *config.data.buckets.frames) == known.sample
+    assert [prompt.text for prompt in config.samples.prompts] == ["a red square", "a blue circle: it moves"]
+    assert config.optimizer_of("student").lr == pytest.approx(5 * config.optimizer_of("critic").lr)
+    assert config.optimizer_of("student").betas == config.optimizer_of("critic").betas == (0.0, 0.999)
+
+
+@pytest.mark.parametrize("model", ["wan2.1-i2v-14b-480p", "wan2.2-ti2v-5b", "tiny-wan"])
+def test_a_folder_of_clips_is_distilled_on_them_and_none_is_held_out(model: str, clips: Path):
+    config = init(model, "--data", clips, "--distill")
+    assert (config.objective.kind, config.data.kind, config.data.validation_items) == ("dmd", "video", 0)
+
+
+def test_every_line_of_a_distillation_says_why_too(captions: Path):
+    init("wan2.2-t2v-a14b", "--data", captions, "--distill")
+    lines = Path("run.yaml").read_text().splitlines()[2:]
+    bare = [line.strip() for line in lines if line and not line.endswith(":") and "#" not in line]
+    assert bare == ["kind: lora", "kind: adamw", "kind: adamw"]
+    assert max(map(len, lines)) <= 160
+
+
+def test_a_model_that_goes_on_from_an_image_is_not_distilled_on_captions(captions: Path):
+    with pytest.raises(ConfigError, match=r"prompts\.txt' has captions alone, and this model goes on from an image"):
+        run(["wan2.1-i2v-14b-480p", "--data", "prompts.txt", "--distill"])
+
+
+def test_a_language_model_is_not_distilled_into_steps(captions: Path):
+    with pytest.raises(ConfigError, match=r"'qwen3-0\.6b' is a language model"):
+        run(["qwen3-0.6b", "--data", "prompts.txt", "--distill"])
+
+
+def test_captions_that_are_not_there_are_answered_with_the_nearest(captions: Path):
+    with pytest.raises(DataError, match=r"Did you mean 'prompts\.txt'\?"):
+        run(["tiny-wan", "--data", "prompt.txt", "--distill"])
+
+
+def test_what_is_written_for_the_shipped_model_can_be_planned(captions: Path, capsys):
+    init("tiny-wan", "--data", captions, "--distill")
+    assert plan(["run.yaml", "objective.steps=2"]) == 0  # of fewer steps it is sooner planned
+    said = capsys.readouterr().out
+    assert "student: LoRA" in said and "every 5th step, 120 steps" in said

@@ -123,7 +123,7 @@ def test_options_without_use_or_sense_are_refused_by_name(adapter, options, told
 def test_a_mistyped_second_adapter_is_no_prompt_and_two_for_one_network_are_refused(world, adapter):
     with pytest.raises(ModelError, match="there is no adapter at runs/other"):
         run([adapter, "runs/other", "hi"])
-    with pytest.raises(ModelError, match=r"both for the same network\. Give one, or make one of them: weft merge"):
+    with pytest.raises(ModelError, match=r"both for the same network and of one run, .* Give one of them"):
         run([adapter, str(world / "runs/chat/global_step_1"), "hi"])
     with pytest.raises(ConfigError, match="nothing to generate"):
         run([adapter])

@@ -14,6 +14,7 @@ from tests.small import make_qwen3
 from weft.cli.show import facts_of, run, run_facts
 from weft.errors import ModelError, RunError
 from weft.events import RunEnded, StepEnded
+from weft.few_steps import StepList
 from weft.formats.adapter_file import SavedAdapter
 from weft.formats.peft import PeftFolder
 
@@ -38,6 +39,20 @@ def test_an_adapter_says_its_strength_its_layers_and_where_it_comes_from(adapter
     assert facts["parameters"] == 6 * 2 * 4 * 8 and facts["dtype"] == {"fp32": 12}
     assert facts["targets"] == {"blocks.*.attn1.to_q": 3, "blocks.*.attn1.to_k": 3}
     assert facts["trained with"] == {"version": "0.1.0"} and facts["config"] == {"seed": 3}
+
+
+def test_a_few_step_adapter_says_at_which_times_it_is_asked(adapter: Path, tmp_path: Path):
+    assert "sampled in" not in facts_of(adapter)
+    tensors = {f"a.lora_{half}.weight": torch.zeros(2, 2) for half in "AB"}
+    said = {
+        StepList.of(4, 5.0).to_json(): "4 steps at 1, 0.9375, 0.8333, 0.625 (shift 5), guidance 1",
+        "4": "(damaged: ",
+    }
+    for text, words in said.items():
+        metadata = {"weft.step_list": text, "weft.seed": "1"}
+        PeftFolder().write(tmp_path / "few", SavedAdapter(tensors, rank=2, alpha=2.0, metadata=metadata))
+        facts = facts_of(tmp_path / "few")
+        assert facts["sampled in"].startswith(words) and facts["trained with"] == {"seed": "1"}
 
 
 def test_a_file_within_the_folder_says_the_same(adapter: Path):

@@ -74,6 +74,27 @@ def test_names_of_distributed_trainers_are_answered_with_ours(line: str, said: s
     assert any(said in problem for problem in caught.value.problems), caught.value.problems
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("objective={kind: dmd, gen_update_interval: 5}", "This is VideoX-Fun's name of objective.student_every."),
+        ("dfake_gen_update_ratio=5", "name of objective.student_every."),
+        ("denoising_step_list=[1000, 750, 500, 250]", "name of objective.steps. It is their number"),
+        ("objective={kind: dmd, real_guidance_scale: 6}", "name of objective.guidance. It is the same g"),
+        ("guidance_scale=3", "Of a teacher it is objective.guidance, Self-Forcing's plus 1."),
+        ("learning_rate_critic=1e-6", "This is VideoX-Fun's name of roles.NAME.optimizer.lr. NAME is critic."),
+        ("roles={critic: {lr_critic: 4e-7}}", "This is Self-Forcing's name of roles.NAME.optimizer.lr."),
+        ("ema={ema_weight: 0.99}", "This is Self-Forcing's name of ema.decay."),
+        ("real_name=Wan2.1-T2V-14B", "Teacher, student and critic are one base."),
+        ("family={kind: wan, source: x, boundary_type: low}", "This is VideoX-Fun's name of family.expert."),
+    ],
+)
+def test_names_of_trainers_that_distil_are_answered_with_ours(line: str, said: str):
+    with pytest.raises(ConfigError) as caught:
+        parse(RunConfig, read_text("name: run", overrides=[line]))
+    assert any(said in problem for problem in caught.value.problems), caught.value.problems
+
+
 def test_no_name_of_other_trainers_is_a_key_of_ours_in_the_same_place():
     assert [name for name, peer in PEERS.items() if peer.ours.rpartition(".")[2] == name] == []
 

@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier
@@ -106,12 +105,15 @@ def test_a_fill_waits_for_what_another_process_is_making_and_uses_it(clips, tmp_
     assert theirs.take(clip) == "ours"
     encoders = ToyEncoders()
     made = {"latents": ToyEncoders().latents(Tensor(1, 3, 5, 64, 64).zero_())[0].detach()}
-    thread = threading.Timer(0.7, theirs.keep, (clip, made))
-    thread.start()
     own = LatentStore(tmp_path, survey, IDENTITY)
     heard: list[Event] = []
-    filled = own.fill(lambda: encoders, heard.append)
-    thread.join()
+
+    def hear(event: Event) -> None:
+        heard.append(event)
+        if isinstance(event, Notice):  # it waits
+            theirs.keep(clip, made)
+
+    filled = own.fill(lambda: encoders, hear)
     assert [event.text for event in heard if isinstance(event, Notice)] == [
         "cache: waiting for 1 that another process makes"
     ]

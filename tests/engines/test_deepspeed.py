@@ -33,6 +33,11 @@ def test_data_parallelism_of_any_size_goes_with_zero():
     DeepSpeed(zero=3).check(Layout(data=64))
 
 
+@pytest.mark.parametrize("zero", [2, 3])
+def test_several_roles_go_with_zero_and_fast_weights_do_not(zero):
+    assert DeepSpeed(zero=zero).can(Layout(data=2)) == {"roles"}
+
+
 def test_weights_that_are_not_spread_are_not_offloaded():
     with pytest.raises(ValueError, match="offload_parameters needs zero: 3"):
         DeepSpeed(zero=2, offload_parameters=True)

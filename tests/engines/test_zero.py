@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from tests.engines.equality import MAX_NORM, Case, Learned, all_learned, distance, learner_of, taught
 from tests.learners import ROLE, batch_of, parts
@@ -19,9 +20,6 @@ pytestmark = pytest.mark.slow
 # Sums over processes are taken in another order than one process takes them, and ZeRO sums each micro-batch at once:
 # about 1e-7 of a gradient, of which five steps of AdamW leave less than twenty times that.
 BOUND = 2e-6
-# Under ZeRO-3 a rounding to bf16 lies elsewhere than in one process; where, in DeepSpeed's passes, has not been found.
-# Its gradients are 6e-5 apart, which is far below bf16's own 4e-3; under ZeRO-2 they are equal.
-BOUNDS = {"zero3 bf16": 2e-3}
 RECOMPUTED = {"recompute": True}
 WHAT = {
     "native": Case(),
@@ -51,9 +49,36 @@ def case_of(name: str) -> Case:
     return replace(case, engine={**case.engine, "kind": "deepspeed", **ZERO[zero]})
 
 
+class Passed(torch.autograd.Function):
+    """What goes in comes out, and so does its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def passed(given: Any) -> Any:
+    """The same tensors behind such functions."""
+    if isinstance(given, tuple):
+        return tuple(map(passed, given))
+    return Passed.apply(given) if isinstance(given, Tensor) else given
+
+
 @pytest.fixture(scope="module")
 def alone(model: Path) -> dict[str, Learned]:
-    return all_learned(model, WHAT)
+    """By what is learned. ZeRO-3 puts a function before and after each module, to know of its backward pass, so that
+    gradients of a tensor that several modules read are added in another order: that is 4e-3 of a sum in bf16."""
+    found = all_learned(model, WHAT)
+    before = register_module_forward_pre_hook(lambda module, inputs: passed(inputs))
+    after = register_module_forward_hook(lambda module, inputs, output: passed(output))
+    found["zero3 bf16"] = all_learned(model, {"bf16": WHAT["bf16"]})["bf16"]
+    before.remove()
+    after.remove()
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +94,11 @@ def together(model: Path) -> dict[tuple[int, str], list[Learned]]:
 
 @pytest.mark.parametrize(("world", "name"), PLACES)
 def test_processes_under_zero_learn_what_one_learns(alone, together, world, name):
-    expected, (first, *_) = alone[name.partition(" ")[2]], together[world, name]
-    bound = BOUNDS.get(name, BOUND)
-    assert first.losses == pytest.approx(expected.losses, rel=bound)
-    assert first.norms == pytest.approx(expected.norms, rel=bound)
-    assert distance(first.adapter, expected.adapter) < bound
-    torch.testing.assert_close(first.answer, expected.answer, rtol=5 * bound, atol=0)
+    expected, (first, *_) = alone.get(name, alone[name.partition(" ")[2]]), together[world, name]
+    assert first.losses == pytest.approx(expected.losses, rel=BOUND)
+    assert first.norms == pytest.approx(expected.norms, rel=BOUND)
+    assert distance(first.adapter, expected.adapter) < BOUND
+    torch.testing.assert_close(first.answer, expected.answer, rtol=5 * BOUND, atol=0)
 
 
 @pytest.mark.parametrize(("world", "name"), PLACES)
@@ -144,7 +168,7 @@ def through_zero(model: Path, began: Mapping[str, Any]) -> dict[str, Any]:
 def shares_of(model: Path) -> dict[str, float]:
     """Of a network under ZeRO-3: numbers that this process keeps, numbers that there are, and those still whole."""
     learner = learner_of(model, Case(engine={"kind": "deepspeed", **ZERO["zero3"]}))
-    frozen = [p for p in learner.model.network.parameters() if not p.requires_grad]
+    frozen: list[Any] = [p for p in learner.model.network.parameters() if not p.requires_grad]
     return {
         "kept": sum(p.ds_tensor.numel() for p in frozen), "all": sum(p.ds_numel for p in frozen),
         "whole": sum(p.numel() for p in frozen), "parameters": len(frozen),

@@ -122,7 +122,7 @@ def test_the_adapter_costs_its_weights_gradients_moments_and_average_in_fp32(wor
     plain = small_config(tmp_path, world / "model")
     averaged = small_config(tmp_path, world / "model", ema={"decay": 0.9})
     small = small_config(tmp_path, world / "model", optimizer={"kind": "adamw8bit", "lr": 1e-4})
-    costs = [estimate(config, [SMALL], trainable=1000)[SMALL].adapter for config in (plain, averaged, small)]
+    costs = [estimate(config, [SMALL], {"default": 1000})[SMALL].adapter for config in (plain, averaged, small)]
     assert costs == [1000 * (4 + 4 + 8), 1000 * (4 + 4 + 8 + 4), 1000 * (4 + 4 + 2)]
 
 
@@ -131,7 +131,7 @@ def test_weights_count_what_the_loaded_network_takes(world, tmp_path, precision)
     config = small_config(tmp_path, world / "model", engine={"precision": precision})
     network = config.family.load(precision, "default", Berth())
     numbers = sum(t.nbytes for t in [*network.parameters(), *network.buffers()])
-    assert estimate(config, [SMALL], 0)[SMALL].weights == numbers
+    assert estimate(config, [SMALL], {})[SMALL].weights == numbers
 
 
 BLOCKS: dict[int | None, int] = {None: 70, **dict.fromkeys(range(6), 100)}
@@ -153,7 +153,7 @@ def test_of_two_experts_one_waits_when_both_would_fill_more_than_half_of_the_car
 def test_more_streamed_blocks_than_there_are_is_refused_before_weights_are_read(world, tmp_path):
     config = small_config(tmp_path, world / "model", engine={"recompute": True, "stream_blocks": 2})
     with pytest.raises(ConfigError, match="stream_blocks: 2 is too many for a network of 2 blocks"):
-        estimate(config, [SMALL], 0)
+        estimate(config, [SMALL], {})
 
 
 def test_streamed_weights_are_where_the_estimate_says(world, tmp_path):
@@ -162,7 +162,7 @@ def test_streamed_weights_are_where_the_estimate_says(world, tmp_path):
     config = small_config(tmp_path, model, engine={"recompute": True, "stream_blocks": 4})
     learner = learner_of(config)
     (stream,) = learner.engine.streams
-    found = estimate(config, [SMALL], 0)[SMALL]
+    found = estimate(config, [SMALL], {})[SMALL]
     parcels = stream.parcels.values()
     assert found.host == sum(t.nbytes for parcel in parcels for t in parcel.tensors)
     base = [t for t in frozen_by_block(learner.model.network, ())[None] if id(t) not in stream.tensors]
@@ -177,7 +177,7 @@ def test_the_1_3b_model_at_81_frames_of_480p_is_rehearsed_in_seconds_without_its
     change = {"data": {"batch_size": 1}, "family": {"text_length": 512}, "adapter": {"rank": 32}}
     config = small_config(tmp_path, folder, engine={"precision": "bf16", "recompute": True}, **change)
     began, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = estimate(config, [bucket], trainable=43_745_280)[bucket]
+    found = estimate(config, [bucket], trained={"default": 43_745_280})[bucket]
     assert time.process_time() - began < 30
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 2**30
     assert found.weights == pytest.approx(2 * 1.42e9, rel=0.02)  # the conditioning embedder is in fp32

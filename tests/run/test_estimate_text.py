@@ -143,7 +143,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_0_6b_model_is_planned_by_its_headers_alone(large, tmp_path):
     """596,049,920 parameters in bf16, and two tables of 64 rotary frequencies in fp32."""
     config = text_config(tmp_path, large, engine={"precision": "bf16", **RECOMPUTE}, data={"batch_size": 1})
-    found = estimate(config, [Row(2048)], 1000, Card(gpu=True, memory=None))[Row(2048)]
+    found = estimate(config, [Row(2048)], {"default": 1000}, Card(gpu=True, memory=None))[Row(2048)]
     assert found.weights == 2 * 596_049_920 + 2 * 64 * 4
     inputs = 28 * 2048 * 1024 * 2  # what recomputation keeps of each block
     logits = 883 * 151_936 * 4  # of so many tokens at once: 2^27 // 151936
@@ -165,8 +165,8 @@ def test_replicas_have_all_weights_and_shards_part_moments_too(qwen, tmp_path):
     config = text_config(tmp_path, qwen)
     assert weights_of(config, BLOCKS, None, Layout(data=8)) == (ALL, 0)
     assert weights_of(config, BLOCKS, None, Layout(data=2, shard=5, sequence=2)) == (ALL // 10 + 310, 0)
-    assert adapter_bytes(config, 1000, Layout(data=8)) == (16_000, 0)
-    assert adapter_bytes(config, 1000, Layout(data=2, shard=4, sequence=2)) == (2_000, 0)
+    assert adapter_bytes(config, {"default": 1000}, Layout(data=8)) == (16_000, 0)
+    assert adapter_bytes(config, {"default": 1000}, Layout(data=2, shard=4, sequence=2)) == (2_000, 0)
 
 
 def test_zero_2_spreads_moments_and_zero_3_weights_too(qwen, tmp_path):
@@ -176,8 +176,8 @@ def test_zero_2_spreads_moments_and_zero_3_weights_too(qwen, tmp_path):
         for change in ({"zero": 2}, {"zero": 3}, {"zero": 3, "offload_optimizer": True, "offload_parameters": True})
     )
     layout = Layout(data=8)
-    assert adapter_bytes(two, 1000, layout) == (8_000 + 2_000, 0)
-    assert adapter_bytes(away, 1000, layout) == (8_000, 2_000)
+    assert adapter_bytes(two, {"default": 1000}, layout) == (8_000 + 2_000, 0)
+    assert adapter_bytes(away, {"default": 1000}, layout) == (8_000, 2_000)
     assert weights_of(two, BLOCKS, None, layout) == (ALL, 0)
     assert weights_of(three, BLOCKS, None, layout) == (-(-ALL // 8) + ALL, 0)  # a model so small is used again at once
     assert weights_of(away, BLOCKS, None, layout) == (ALL, -(-ALL // 8))
@@ -243,7 +243,9 @@ def test_what_a_rank_of_fsdp_keeps_between_steps_is_its_planned_part(qwen, tmp_p
 
 def test_a_layout_changes_each_part_of_an_estimate_as_it_should(qwen, tmp_path):
     config, card = text_config(tmp_path, qwen), Card(gpu=True, memory=None)
-    one, many = (composed(config, 10**6, 16_000, card, layout) for layout in (Layout(), Layout(data=4, shard=8)))
+    one, many = (
+        composed(config, 10**6, {"default": 16_000}, card, layout) for layout in (Layout(), Layout(data=4, shard=8))
+    )
     assert many.adapter == one.adapter // 8
     assert many.activations == one.activations
     assert many.fixed == one.fixed > 0

@@ -14,7 +14,8 @@ from weft.data.buckets import Bucket
 from weft.errors import ConfigError
 from weft.run.config import RunConfig, parse_config
 from weft.run.estimate import Card, composed, estimate
-from weft.run.ladder import Rung, changed_config, climb, device_memory, ladder, needed, remedies, size_of, trainable_of
+from weft.run.ladder import Rung, changed_config, climb, device_memory, ladder, needed, remedies, size_of
+from weft.run.parts import trained_of
 
 GIB = 2**30
 CLIP = Bucket(frames=81, height=480, width=832, tokens=32_760)
@@ -80,7 +81,7 @@ def test_where_nothing_else_is_left_the_batch_and_then_the_bucket_shrink(world, 
 
 def test_a_run_that_fits_needs_no_ladder(world, tmp_path):
     config = small_config(tmp_path, world / "model")
-    total = estimate(config, [SMALL], trainable_of(config))[SMALL].total
+    total = estimate(config, [SMALL], trained_of(config))[SMALL].total
     assert ladder(config, [SMALL], total) == []
     assert ladder(config, [SMALL], total - 1) != []
 
@@ -102,7 +103,7 @@ def test_two_experts_are_parted_before_blocks_are_streamed(world, tmp_path):
     assert names.index("one expert") < names.index("stream_blocks")
     one = changed_config(config, {"engine.experts": "one"})
     assert one is not None
-    both, single = (composed(c, 0, 0, card) for c in (config, one))
+    both, single = (composed(c, 0, {}, card) for c in (config, one))
     assert (both.weights, both.host) == (2 * single.weights, 0)
     assert single.host == both.weights
 

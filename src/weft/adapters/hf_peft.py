@@ -1,9 +1,8 @@
 """Hugging Face PEFT as a backend: its layers and its numerics, through its public calls."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -12,8 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from weft.adapters.modules import layers_at
-from weft.adapters.named import UNSET, NamedAdapters
-from weft.adapters.recipe import Recipe
+from weft.adapters.named import UNSET
+from weft.adapters.recipe import Recipe, Standing
 from weft.errors import ModelError
 
 if TYPE_CHECKING:
@@ -22,69 +21,73 @@ if TYPE_CHECKING:
         """What every layer of PEFT is, and PEFT has no name for."""
 
 
-class PeftAdapters(NamedAdapters):
-    """Adapters injected by PEFT: the layer at PATH becomes a wrapper, with the base under `PATH.base_layer`."""
+class PeftAdapters:
+    """A carrier of adapters injected by PEFT: the layer at PATH becomes a wrapper, with the base under
+    `PATH.base_layer`. Adapters of one kind share a wrapper; those of another kind have one around it."""
 
-    def __init__(
-        self, recipe: Recipe, network: nn.Module, paths: Sequence[str], names: Sequence[str], seed: int
-    ) -> None:
-        layers = layers_at(network, paths)
-        super().__init__(recipe, tuple(layers), names, seed)
-        recipe.check_layers(layers)
-        # Made without numbers: the base's weights may not be there yet, of which DoRA's magnitudes would be computed.
-        # What PEFT draws all the same must not be noticed by the run's own chance.
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several names are meant
-            for name in self.names:
-                inject_adapter_in_model(recipe.peft_config(layers), network, adapter_name=name, low_cpu_mem_usage=True)
-        self.layers = _wrappers_at(network, self.paths)
-        network.requires_grad_(False)
-        for wrapper in self.layers.values():
-            # PEFT's wrappers are born in training mode, whatever the network's.
-            base = wrapper.get_base_layer()
-            wrapper.train(base.training)
-            if not recipe.keeps_dtype:
-                KeepDtype().watch(base, wrapper)
-            for module in _inside(wrapper, recipe.tensors):
-                _give_memory(module, next(base.parameters()).device)
-        for name in self.names:
-            recipe.complete(self.layers, name)
+    def __init__(self, network: nn.Module, standings: Mapping[str, Standing]) -> None:
+        self.names = tuple(standings)
+        self.recipes = {name: standing.recipe for name, standing in standings.items()}
+        self.layers = {name: layers_at(network, standing.paths) for name, standing in standings.items()}
+        for name, recipe in self.recipes.items():
+            recipe.check_layers(self.layers[name])
+        self._inject(network)
+        self.wrappers = {name: _wrappers_of(network, name, recipe) for name, recipe in self.recipes.items()}
+        self._shared: dict[int, Shared] = {}
+        for name, recipe in self.recipes.items():
+            _check_paths(list(self.wrappers[name]), list(self.layers[name]))
+            for wrapper in self.wrappers[name].values():
+                self._shared.setdefault(id(wrapper), Shared(wrapper, recipe)).names.add(name)
+        for shared in self._shared.values():
+            shared.begin()
+        for name, recipe in self.recipes.items():
+            recipe.complete(self.wrappers[name], name)
         # Modules and the names of their parameters, not parameters: engines replace those.
-        holders = [module for wrapper in self.layers.values() for module in _inside(wrapper, recipe.tensors)]
+        holders = [module for shared in self._shared.values() for module in shared.holders()]
         self._trained = [(module, key) for module in holders for key, _ in module.named_parameters(recurse=False)]
         self.in_use: str | None = self.names[-1]
         self.wanted: str | None = None
         self._switch(None)
         network.register_forward_pre_hook(self._before_forward)
 
-    def parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """Canonical name -> parameter, in network order."""
-        return {key: tensor for key, tensor in self._tensors(name).items() if isinstance(tensor, nn.Parameter)}
+    def _inject(self, network: nn.Module) -> None:
+        # Made without numbers: the base's weights may not be there yet, of which DoRA's magnitudes would be computed.
+        # What PEFT draws all the same must not be noticed by the run's own chance.
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several names are meant
+            for name, recipe in self.recipes.items():
+                config = recipe.peft_config(self.layers[name])
+                inject_adapter_in_model(config, network, adapter_name=name, low_cpu_mem_usage=True)
 
-    def fixed(self, name: str) -> dict[str, Tensor]:
-        """Canonical name -> tensor that belongs to an adapter and is not trained."""
-        return {key: tensor for key, tensor in self._tensors(name).items() if not isinstance(tensor, nn.Parameter)}
+    def paths_of(self, name: str) -> tuple[str, ...]:
+        """The layers that an adapter stands on, in the network's own order."""
+        return tuple(self.layers[name])
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Canonical name -> every tensor of an adapter that its files or its checkpoints hold."""
+        found: dict[str, Tensor] = {}
+        for path, wrapper in self.wrappers[name].items():
+            for kind in self.recipes[name].tensors:
+                holder = wrapper.get_submodule(kind)
+                assert isinstance(holder, nn.ModuleDict | nn.ParameterDict)
+                if name in holder:
+                    found |= _named(f"{path}.{kind}", holder[name])
+        return found
 
     def base_layer(self, path: str) -> nn.Module:
         """The frozen layer under a path."""
-        return self.layers[path].get_base_layer()
+        return next(layers[path] for layers in self.layers.values() if path in layers)
 
-    @contextmanager
-    def use(self, name: str | None) -> Iterator[None]:
-        """Answer under one adapter, or with None as the bare base.
+    def answer(self, name: str | None) -> None:
+        """Answer under one adapter, or with None under none of these, from now on: a recomputed block of a pending
+        backward asks no network."""
+        self.wanted = name
+        self._switch(name)
 
-        A switch walks over every layer, so the way back to the base waits until the network is asked outside: a
-        training step that uses one role again and again never switches.
-        """
-        assert name is None or name in self.names, f"no adapter is called '{name}', only {self.names}"
-        before, self.wanted = self.wanted, name
-        self._switch(name)  # at once: a recomputed block of a pending backward asks no network
-        try:
-            yield
-        finally:
-            self.wanted = before
-            if before is not None:
-                self._switch(before)
+    def rest(self) -> None:
+        """Answer under none of these when the network is next asked. A switch walks over every layer: a training step
+        that uses one role again and again, and nothing else between, never switches."""
+        self.wanted = None
 
     def _before_forward(self, network: nn.Module, inputs: object) -> None:
         self._switch(self.wanted)
@@ -96,27 +99,42 @@ class PeftAdapters(NamedAdapters):
         # backward pass loses its gradient without an error, so the flags are put back.
         trained = [module.get_parameter(key) for module, key in self._trained]
         flags = [parameter.requires_grad for parameter in trained]
-        for layer in self.layers.values():
-            # Each of these calls walks over all weights of a layer, so only what changes is called.
-            if name is not None and layer.active_adapters != [name]:
-                layer.set_adapter(name)
-            if layer.disable_adapters != (name is None):
-                layer.enable_adapters(name is not None)
+        for shared in self._shared.values():
+            shared.answer(name)
         for parameter, flag in zip(trained, flags, strict=True):
             parameter.requires_grad_(flag)
         self.in_use = name
 
-    def _tensors(self, name: str) -> dict[str, Tensor]:
-        """Canonical name -> every tensor of an adapter that its files or its checkpoints hold."""
-        assert name in self.names, f"no adapter is called '{name}', only {self.names}"
-        found: dict[str, Tensor] = {}
-        for path, layer in self.layers.items():
-            for kind in self.recipe.tensors:
-                holder = layer.get_submodule(kind)
-                assert isinstance(holder, nn.ModuleDict | nn.ParameterDict)
-                if name in holder:
-                    found |= _named(f"{path}.{kind}", holder[name])
-        return found
+
+@dataclass
+class Shared:
+    """A wrapper, and those of the adapters that stand in it; all are of one kind."""
+
+    wrapper: "Wrapper"
+    recipe: Recipe
+    names: set[str] = field(default_factory=set)
+
+    def holders(self) -> list[nn.Module]:
+        """The modules that hold tensors of its adapters."""
+        return [module for kind in self.recipe.tensors for module in self.wrapper.get_submodule(kind).modules()]
+
+    def begin(self) -> None:
+        """Give a fresh wrapper memory, and what it lacks."""
+        base = self.wrapper.get_base_layer()
+        self.wrapper.train(base.training)  # PEFT's wrappers are born in training mode, whatever the network's
+        if not self.recipe.keeps_dtype:
+            KeepDtype().watch(base, self.wrapper)
+        for module in self.holders():
+            _give_memory(module, next(base.parameters()).device)
+
+    def answer(self, name: str | None) -> None:
+        """Let one of its adapters answer; none for a name that is not here."""
+        here = name in self.names
+        # Each of these calls walks over all weights of a layer, so only what changes is called.
+        if here and name is not None and self.wrapper.active_adapters != [name]:
+            self.wrapper.set_adapter(name)
+        if self.wrapper.disable_adapters == here:
+            self.wrapper.enable_adapters(here)
 
 
 @dataclass
@@ -148,11 +166,6 @@ def _rest(wrapper: nn.Module, inputs: object) -> None:
     wrapper.training = False  # its own flag alone; layers inside keep theirs
 
 
-def _inside(wrapper: nn.Module, kinds: Sequence[str]) -> list[nn.Module]:
-    """The modules of a wrapper that hold tensors of its adapters."""
-    return [module for kind in kinds for module in wrapper.get_submodule(kind).modules()]
-
-
 def _give_memory(module: nn.Module, device: torch.device) -> None:
     """Real parameters, in fp32: in a base's bf16 a small learning rate would move nothing. Buffers have numbers."""
     for key, parameter in module.named_parameters(recurse=False):
@@ -171,15 +184,25 @@ def _named(name: str, tensors: Tensor | nn.Module) -> dict[str, Tensor]:
     return {name: tensors}
 
 
-def _wrappers_at(network: nn.Module, paths: Sequence[str]) -> "dict[str, Wrapper]":
-    """The layers that PEFT made. Raises ModelError when they are not exactly those at paths."""
-    layers = {
-        path: cast("Wrapper", module) for path, module in network.named_modules() if isinstance(module, BaseTunerLayer)
+def _wrappers_of(network: nn.Module, name: str, recipe: Recipe) -> "dict[str, Wrapper]":
+    """Path of a layer -> the wrapper in which it has an adapter of this name."""
+    return {
+        path.replace(".base_layer", ""): cast("Wrapper", module)
+        for path, module in network.named_modules()
+        if isinstance(module, BaseTunerLayer) and _has(cast("Wrapper", module), name, recipe)
     }
-    wrong = sorted(set(layers) ^ set(paths))
+
+
+def _has(wrapper: "Wrapper", name: str, recipe: Recipe) -> bool:
+    holders = [wrapper._modules[kind] for kind in recipe.tensors if kind in wrapper._modules]
+    return any(isinstance(holder, nn.ModuleDict | nn.ParameterDict) and name in holder for holder in holders)
+
+
+def _check_paths(found: Sequence[str], asked: Sequence[str]) -> None:
+    """Raises ModelError when PEFT adapted other layers than it was asked to."""
+    wrong = sorted(set(found) ^ set(asked))
     if wrong:
         raise ModelError(
-            f"PEFT adapted {len(layers)} layers where {len(paths)} were asked for, first difference '{wrong[0]}'. "
+            f"PEFT adapted {len(found)} layers where {len(asked)} were asked for, first difference '{wrong[0]}'. "
             "It matches names by their endings; use adapter.backend: native for this network."
         )
-    return layers

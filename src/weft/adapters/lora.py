@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import Tensor, nn
 
-    from weft.adapters.named import NamedAdapters
+    from weft.adapters.hf_peft import PeftAdapters
+    from weft.adapters.hooked import Change, HookedAdapters
 
 
 class Lora(Recipe):
@@ -164,13 +165,24 @@ class Lora(Recipe):
         """What the learning rate is multiplied with for one canonical parameter name. LoRA+, arXiv:2402.12354."""
         return self.lora_plus if parameter_name.endswith(".lora_B.weight") else 1.0
 
-    def attach(self, network: "nn.Module", paths: Sequence[str], names: Sequence[str], seed: int) -> "NamedAdapters":
-        """Put fresh adapters on the layers at paths, one set for each name, and freeze everything else."""
-        if self.backend == "peft":
-            return super().attach(network, paths, names, seed)
-        from weft.adapters.native import NativeAdapters
+    def carrier(self) -> "type[HookedAdapters | PeftAdapters]":
+        """Hooks of ours, or PEFT's wrappers."""
+        from weft.adapters.hooked import HookedAdapters
 
-        return NativeAdapters(self, network, paths, names, seed)
+        return HookedAdapters if self.backend == "native" else super().carrier()
+
+    def check_layers(self, layers: "Mapping[str, nn.Module]") -> None:
+        """Raises ModelError for a layer that cannot be adapted so."""
+        if self.backend == "native" and self.dora:
+            from weft.adapters.native import refuse_packed
+
+            refuse_packed(layers)
+
+    def change(self, layer: "nn.Module") -> "Change":
+        """What one adapter is on one layer, where hooks carry it."""
+        from weft.adapters.native import LowRank
+
+        return LowRank(self, layer)
 
     def peft_config(self, layers: "Mapping[str, nn.Module]") -> "LoraConfig":
         """The recipe in PEFT's words for exactly these layers."""

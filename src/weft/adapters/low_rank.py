@@ -29,23 +29,28 @@ class Product:
     def is_conv(self) -> bool:
         return not isinstance(self.layer, nn.Linear)
 
-    def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of A and B."""
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight: (out, in), or (out, in, *kernel)."""
         layer = self.layer
         if isinstance(layer, nn.Linear):
-            return (rank, layer.in_features), (layer.out_features, rank)
+            return (layer.out_features, layer.in_features)
         assert isinstance(layer, nn.Conv2d | nn.Conv3d)
-        ones = (1,) * len(layer.kernel_size)
-        return (rank, layer.in_channels, *layer.kernel_size), (layer.out_channels, rank, *ones)
+        return (layer.out_channels, layer.in_channels, *layer.kernel_size)
 
-    def down(self, x: Tensor, a: Tensor) -> Tensor:
-        """A x: (..., r), or of a convolution (B, r, ...)."""
+    def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of A and B."""
+        out, *rest = self.shape
+        return (rank, *rest), (out, rank, *(1,) * len(rest[1:]))
+
+    def down(self, x: Tensor, a: Tensor, bias: Tensor | None = None) -> Tensor:
+        """A x: (..., r), or of a convolution (B, r, ...), and the bias (r,)."""
         layer = self.layer
         if isinstance(layer, nn.Conv3d):
-            return functional.conv3d(x, a, None, layer.stride, layer.padding)
+            return functional.conv3d(x, a, bias, layer.stride, layer.padding)
         if isinstance(layer, nn.Conv2d):
-            return functional.conv2d(x, a, None, layer.stride, layer.padding)
-        return functional.linear(x, a)
+            return functional.conv2d(x, a, bias, layer.stride, layer.padding)
+        return functional.linear(x, a, bias)
 
     def up(self, h: Tensor, b: Tensor) -> Tensor:
         """B h."""

@@ -33,6 +33,16 @@ def layers_of(network: nn.Module) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def biases_of(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    """PATH.bias -> (out,) of every linear layer and convolution that has a bias."""
+    kinds = (nn.Linear, *CONVOLUTIONS)
+    return {
+        f"{path}.bias": tuple(module.bias.shape)
+        for path, module in network.named_modules()
+        if isinstance(module, kinds) and module.bias is not None
+    }
+
+
 def layers_at(network: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:
     """The linear layers and convolutions at paths, in the network's order. Raises ModelError for any other path."""
     wanted = set(paths)

@@ -1,22 +1,49 @@
-"""What all backends share: canonical state, strict loading, and first values."""
+"""Named adapters on one network, whoever carries them: the one in use, canonical state, loading, first values."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from weft.adapters.initial import chance_of
-from weft.adapters.recipe import Recipe
+from weft.adapters.recipe import Standing
 from weft.errors import ModelError, did_you_mean
 from weft.math.sharded import fill, whole
 
 UNSET = float("nan")  # what adapters hold before their first values: a loss then tells that they were forgotten
 
 
-class NamedAdapters(ABC):
+class Carrier(Protocol):
+    """Some of a network's adapters as one way of carrying them holds them: hooks of ours, or PEFT's wrappers."""
+
+    names: tuple[str, ...]
+
+    def paths_of(self, name: str) -> tuple[str, ...]:
+        """The layers that an adapter stands on, in the network's own order."""
+        ...
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Canonical name -> every tensor of an adapter that its files or its checkpoints hold, in network order; those
+        that are trained are parameters. Looked up anew, because engines may replace them."""
+        ...
+
+    def base_layer(self, path: str) -> nn.Module:
+        """The frozen layer under a path."""
+        ...
+
+    def answer(self, name: str | None) -> None:
+        """Answer under one of its adapters from now on, or with None under none of them."""
+        ...
+
+    def rest(self) -> None:
+        """Answer under none of them when the network is asked the next time; nothing waits for a backward pass."""
+        ...
+
+
+class NamedAdapters:
     """Named adapters on the layers of one network; the base is frozen, adapter weights are fp32 masters.
 
     They have no values until `initialize` or `load_state_dict` gives them some: UNSET shows whoever asks before that.
@@ -24,57 +51,71 @@ class NamedAdapters(ABC):
     forward a second time there.
     """
 
-    def __init__(self, recipe: Recipe, paths: Sequence[str], names: Sequence[str], seed: int) -> None:
-        assert names and len(set(names)) == len(names), f"adapter names must differ and not be empty: {list(names)}"
-        self.recipe = recipe
-        self.names = tuple(names)
-        self.paths = tuple(paths)
+    def __init__(self, standings: Mapping[str, Standing], carriers: Sequence[Carrier], seed: int) -> None:
+        self.recipes = {name: standing.recipe for name, standing in standings.items()}
+        self.names = tuple(standings)
+        self.carriers = tuple(carriers)
+        self.carried_by = {name: carrier for carrier in carriers for name in carrier.names}
+        self.paths = self.paths_of(self.names[0])
         self.seed = seed
+        self.in_use: str | None = None
 
-    @abstractmethod
+    def _carrier(self, name: str) -> Carrier:
+        assert name in self.names, f"no adapter is called '{name}', only {self.names}"
+        return self.carried_by[name]
+
+    def paths_of(self, name: str) -> tuple[str, ...]:
+        """The layers that an adapter stands on, in the network's own order."""
+        return self._carrier(name).paths_of(name)
+
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """Canonical name -> parameter, in network order; looked up anew, because engines may replace parameters."""
+        tensors = self._carrier(name).tensors(name)
+        return {key: tensor for key, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
 
-    @abstractmethod
     def fixed(self, name: str) -> dict[str, Tensor]:
         """Canonical name -> tensor that belongs to an adapter and is not trained: PiSSA's first factors."""
+        tensors = self._carrier(name).tensors(name)
+        return {key: tensor for key, tensor in tensors.items() if not isinstance(tensor, nn.Parameter)}
 
-    @abstractmethod
-    def use(self, name: str | None) -> AbstractContextManager[None]:
+    @contextmanager
+    def use(self, name: str | None) -> Iterator[None]:
         """Answer under one adapter, or with None as the bare base; the former choice returns afterwards."""
+        assert name is None or name in self.names, f"no adapter is called '{name}', only {self.names}"
+        before = self.in_use
+        self._answer(name)
+        try:
+            yield
+        finally:
+            if before is not None:
+                self._answer(before)
+            else:
+                self.in_use = None
+                for carrier in self.carriers:
+                    carrier.rest()
 
-    @abstractmethod
-    def base_layer(self, path: str) -> nn.Module:
-        """The frozen layer under a path."""
+    def _answer(self, name: str | None) -> None:
+        self.in_use = name
+        for carrier in self.carriers:
+            carrier.answer(name if name in carrier.names else None)
 
     @torch.no_grad()
     def initialize(self) -> None:
         """Give every adapter its first values, once the network stands where it trains. Every process draws them whole
         and keeps its part; those that come of a sharded base are made of one whole layer at a time."""
         for name in self.names:
-            for path, own in self._by_path({**self.parameters(name), **self.fixed(name)}).items():
-                first = self.recipe.first_values(
+            carrier, recipe = self._carrier(name), self.recipes[name]
+            for path, own in _by_path(carrier.tensors(name), carrier.paths_of(name)).items():
+                first = recipe.first_values(
                     partial(self._chance, name, path),
                     {end: tensor.shape for end, tensor in own.items()},
-                    self.base_layer(path),
+                    carrier.base_layer(path),
                 )
                 for end, tensor in own.items():
                     fill(tensor, first[end])
 
     def _chance(self, name: str, path: str, end: str) -> torch.Generator:
         return chance_of(self.seed, name, path + end)
-
-    def _by_path(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """Path -> end of the name -> tensor."""
-        paths = set(self.paths)
-        found: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            path = key
-            while path not in paths:
-                path = path.rpartition(".")[0]
-                assert path, f"'{key}' belongs to none of the adapted layers"
-            found.setdefault(path, {})[key.removeprefix(path)] = tensor
-        return found
 
     def state_dict(self, name: str) -> dict[str, Tensor]:
         """Canonical name -> whole tensor, detached. It shares memory with the adapter's, as torch's does, unless that
@@ -95,7 +136,21 @@ class NamedAdapters(ABC):
     def after_step(self, name: str) -> Mapping[str, float]:
         """What must hold after each optimizer step; numbers worth logging."""
         # Gathering the parameters takes as long as some layers do, so it is done where a rule asks for it.
-        return self.recipe.after_step(self.paths, self.parameters(name)) if self.recipe.has_rule else {}
+        recipe = self.recipes[name]
+        return recipe.after_step(self.paths_of(name), self.parameters(name)) if recipe.has_rule else {}
+
+
+def _by_path(tensors: Mapping[str, Tensor], paths: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+    """Path -> end of the name -> tensor."""
+    known = set(paths)
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        path = key
+        while path not in known:
+            path = path.rpartition(".")[0]
+            assert path, f"'{key}' belongs to none of the adapted layers"
+        found.setdefault(path, {})[key.removeprefix(path)] = tensor
+    return found
 
 
 def _key_problems(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:

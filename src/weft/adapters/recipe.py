@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import Tensor, nn
 
+    from weft.adapters.hf_peft import PeftAdapters
+    from weft.adapters.hooked import Change, HookedAdapters
     from weft.adapters.named import NamedAdapters
 
 
@@ -43,7 +46,7 @@ class Recipe(Section):
     """A way to adapt layers. Subclasses are the sections that a config chooses by kind."""
 
     # Fields of PEFT's layer that hold its tensors, in the order of their canonical names.
-    tensors: ClassVar[tuple[str, ...]]
+    tensors: ClassVar[tuple[str, ...]] = ()
     formats: ClassVar[tuple[str, ...]] = ("peft",)  # that its files can be written in
     keeps_dtype: ClassVar[bool] = False  # whether PEFT's wrapper answers in the dtype of the layer inside it
 
@@ -109,13 +112,25 @@ class Recipe(Section):
 
     def attach(self, network: "nn.Module", paths: Sequence[str], names: Sequence[str], seed: int) -> "NamedAdapters":
         """Put fresh adapters on the layers at paths, one set for each name, and freeze everything else."""
+        from weft.adapters.attach import attach
+
+        assert len(set(names)) == len(names), f"adapter names must differ: {list(names)}"
+        return attach(network, {name: Standing(self, paths) for name in names}, seed)
+
+    def carrier(self) -> "type[HookedAdapters | PeftAdapters]":
+        """What holds its adapters on a network: PEFT's wrappers, made of `peft_config`, or hooks of ours, which ask for
+        `change`."""
         from weft.adapters.hf_peft import PeftAdapters
 
-        return PeftAdapters(self, network, paths, names, seed)
+        return PeftAdapters
 
-    @abstractmethod
+    def change(self, layer: "nn.Module") -> "Change":
+        """What one adapter is on one layer, where hooks carry it."""
+        raise TypeError(f"{type(self).__name__} is carried by PEFT")
+
     def peft_config(self, layers: "Mapping[str, nn.Module]") -> "PeftConfig":
         """The recipe in PEFT's words for exactly these layers, every value given: PEFT's defaults are not ours."""
+        raise TypeError(f"{type(self).__name__} is carried by hooks")
 
     def check_layers(self, layers: "Mapping[str, nn.Module]") -> None:
         """Raises ModelError for a layer that cannot be adapted so."""
@@ -153,6 +168,14 @@ class Recipe(Section):
     @abstractmethod
     def differences(self, earlier: Earlier) -> list[str]:
         """Why weights from a file cannot be continued, each as the assignment that would mend it."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A recipe, and the layers that it stands on."""
+
+    recipe: Recipe
+    paths: Sequence[str]
 
 
 class WholeChange(Recipe):

@@ -17,9 +17,10 @@ class SeveralAdapters:
         self.of = {name: adapters for adapters in networks.values() for name in adapters.names}
         self.names = tuple(self.of)
         assert len(self.names) == sum(len(adapters.names) for adapters in networks.values()), "a name stands twice"
-        first, *others = networks.values()
-        assert all(adapters.paths == first.paths for adapters in others), "experts are networks of one kind"
-        self.paths = first.paths
+        self.paths = next(iter(networks.values())).paths
+
+    def paths_of(self, name: str) -> tuple[str, ...]:
+        return self.of[name].paths_of(name)
 
     def initialize(self) -> None:
         for adapters in self.networks.values():

@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 from weft.errors import ConfigError, nearest
 
-# Path of a layer -> (out, in), of a convolution (out, in, *kernel); in the network's own order.
+# Path of a layer -> (out, in), of a convolution (out, in, *kernel), of a bias (out,); in the network's own order.
 Shapes = Mapping[str, tuple[int, ...]]
 Aliases = Mapping[str, str | tuple[str, ...]]  # another program's name of layers -> ours, which may be several
 
@@ -32,6 +32,7 @@ class TargetReport:
     excluded: tuple[Matched, ...]
     paths: tuple[str, ...]  # in network order, each once
     shapes: Shapes  # of these paths
+    biases: Shapes = field(default_factory=dict)  # of these, where biases are trained too
 
     @property
     def convolutions(self) -> Shapes:

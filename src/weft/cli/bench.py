@@ -81,12 +81,17 @@ def largest_shape(config: "RunConfig") -> "Shape":
 def print_figures(figures: dict[str, Any]) -> None:
     case, step, memory = figures["case"], figures["step_seconds"], figures["memory_bytes"]
     share = "  ".join(f"{name} {100 * value:.1f} %" for name, value in figures["share"].items())
+    kinds = "".join(
+        f"  {name:<18} {1000 * kind['median']:.1f} ms ({kind['steps']} steps, {kind['model_flops'] / 1e12:.3f} TFLOP)\n"
+        for name, kind in figures.get("kinds", {}).items()
+    )
     shape = f"{case['frames']}x{case['height']}x{case['width']}" if "frames" in case else f"{case['tokens']:,} tokens"
     print(
         f"{case['source']} {shape} batch {case['batch']}, "
         f"{case['adapter']}, {case['precision']} on {figures['hardware']['processor']}\n"
         f"step     {1000 * step['median']:.1f} ms (p10 {1000 * step['p10']:.1f}, p90 {1000 * step['p90']:.1f}, "
         f"{step['steps']} steps)\n"
+        f"{kinds}"
         f"share    {share}\n"
         f"speed    {figures['tokens_per_second']:,.0f} tokens/s, MFU {100 * figures['mfu']:.1f} % of a measured "
         f"{figures['ceiling_matmul_flops'] / 1e12:.3f} TFLOP/s\n"

@@ -1,4 +1,4 @@
-"""weft init: a commented run.yaml for a model and its data, clips or conversations, ready to train."""
+"""weft init: a commented run.yaml for a model and its data (clips, captions or conversations), ready to train."""
 
 import argparse
 import re
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from weft.cli.init_distill import adapter_lines, captions_in, learning_lines, prompt_lines, watching_lines
 from weft.cli.init_text import LANGUAGE_MODELS, Lines, context_of, look_at, text_lines
 from weft.cli.models import MODELS, WAN_I2V, KnownModel, recognised
 from weft.config.show import inline
@@ -41,13 +42,16 @@ def run(argv: Sequence[str]) -> int:
         "clips: a folder with captions, a manifest, or musubi's dataset TOML; conversations: a file or folder of them"
     )
     parser.add_argument("--data", required=True, type=Path, help=what)
+    parser.add_argument(
+        "--distill", action="store_true", help="for a student that needs four steps; --data may be a file of captions"
+    )
     parser.add_argument("--out", type=Path, default=Path("run.yaml"), help="default: run.yaml")
     arguments = parser.parse_args(argv)
     out: Path = arguments.out
     if out.exists():
         raise ConfigError(f"{out} is already there. Choose another with --out, or delete it.")
     base = find_base(arguments.model)
-    lines, count = described(base, arguments.data)
+    lines, count = (distilled if arguments.distill else described)(base, arguments.data)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(written(base, lines), encoding="utf-8")
     file = shlex.quote(str(out))
@@ -81,14 +85,34 @@ def find_base(model: str) -> Base:
 
 def described(base: Base, data: Path) -> tuple[Lines, str]:
     """The lines of the config, and how many items the data has, in words. Raises DataError."""
-    name = re.sub(r"[^\w.-]+", "-", f"{base.name}-{data.stem}").strip("-.") or "run"
     if base.known is None:
         chats = look_at(data)
-        return text_lines(name, base.source, data, chats, base.context), f"{chats.rows:,} rows of {chats.form}"
+        lines = text_lines(named(base, data), base.source, data, chats, base.context)
+        return lines, f"{chats.rows:,} rows of {chats.form}"
     clips = count_clips(data)
     told = _translated(data) if data.suffix == ".toml" else _data(base.known, data, clips)
-    lines = [*_model(base, base.known, name), *_learning(base.known), *told, *_watching(base.known)]
-    return lines, f"{clips} clips" if clips else ""
+    model = [*_model(base, base.known, named(base, data)), *_adapter(base.known)]
+    return [*model, *_learning(base.known), *told, *_watching(base.known)], f"{clips} clips" if clips else ""
+
+
+def distilled(base: Base, data: Path) -> tuple[Lines, str]:
+    """As `described`, of a config that makes the model need a few steps. Raises ConfigError, DataError."""
+    if base.known is None:
+        raise ConfigError(f"--distill: '{base.name}' is a language model, and only video models are asked in steps.")
+    captions = captions_in(base.known, data)
+    if captions:
+        told, count = prompt_lines(base.known, data), f"{len(captions):,} caption{'s' if len(captions) > 1 else ''}"
+    else:
+        clips = count_clips(data)
+        told = _translated(data) if data.suffix == ".toml" else _data(base.known, data, clips, most=0)
+        count = f"{clips} clips" if clips else ""
+    model = [*_model(base, base.known, named(base, data, "-few-steps")), *adapter_lines()]
+    return [*model, *learning_lines(base.known), *told, *watching_lines(base.known, captions)], count
+
+
+def named(base: Base, data: Path, ending: str = "") -> str:
+    """The run's name."""
+    return re.sub(r"[^\w.-]+", "-", f"{base.name}-{data.stem}{ending}").strip("-.") or "run"
 
 
 def known_at(source: str) -> KnownModel:
@@ -148,6 +172,11 @@ def _model(base: Base, known: KnownModel, name: str) -> Lines:
         (f"  source: {inline(base.source)}", "folder of the model" if known.repository else "ships with Weft"),
         *(experts if known.experts else []),
         ("", ""),
+    ]
+
+
+def _adapter(known: KnownModel) -> Lines:
+    return [
         ("adapter:", ""),
         ("  kind: lora", ""),
         (f"  rank: {known.rank}", "more holds more detail, and learns the clips by heart sooner"),
@@ -186,16 +215,18 @@ def _learning(known: KnownModel) -> Lines:
     ]
 
 
-def _data(known: KnownModel, data: Path, clips: int) -> Lines:
-    held_out = min(8, clips // 10)
+def _data(known: KnownModel, data: Path, clips: int, most: int = 8) -> Lines:
+    """most: clips that may be held out."""
+    held_out = min(most, clips // 10)
     reason = "clips kept out of training, to measure on" if held_out else "0: too few clips to spare; give it 1 or more"
+    held = [(f"  validation_items: {held_out}", reason)] if most else []
     fps = [(f"  fps: {inline(known.fps)}", known.reason_fps)] if known.fps else []
     return [
         ("data:", ""),
         ("  kind: video", ""),
         ("  sources:", ""),
         (f"    - path: {inline(data.as_posix())}", "clips with a .txt caption beside each, or a manifest"),
-        (f"  validation_items: {held_out}", reason),
+        *held,
         *fps,
         ("  buckets:", ""),
         (f"    sides: [{known.side}]", "pixels: area is side x side, aspect ratio the clip's own"),

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from weft.run.plan import Plan
 
 SHOWN = 40  # clips, unless --all
+LETTERS = 100  # of a caption, unless --all
 NAMED = 5  # texts that are too long or unreadable, unless --all
 
 
@@ -58,22 +59,28 @@ def print_plan(config: "RunConfig", plan: "Plan", console: "Console", everything
     """Data, shapes with their memory, processes, targets, and the run in numbers."""
     if config.family.medium == "text":
         print_texts(config, plan, console, everything)
-    else:
+    elif config.data.has_latents:
         print_clips(plan, console, everything)
+    else:
+        print_prompts(plan, console, everything)
     print_shapes(config, plan, console)
     print_processes(plan, console)
     print_memory(plan, console)
     print_targets(plan, console)
-    items = "rows" if config.family.medium == "text" else "clips"
+    items = items_of(config)
     held_out = len(plan.survey.validation)
     epochs = "streamed data, whose epochs have no known length"
     if plan.epochs is not None:
         epochs = f"{plan.epochs:.1f} epochs of {plan.steps_per_epoch} steps"
-    print_experts(config, plan.steps, console)
+    print_experts(config, plan, console)
+    print_roles(config, plan, console)
+    recipe, each = f"{config.adapter.summary()}, ", ""
+    if config.objective.parts:
+        recipe, each = "", " for each part that moves"
     console.print(
         f"{plan.parameters.line()}\n"
-        f"{config.adapter.summary()}, precision {plan.precision}\n"
-        f"{plan.steps} steps of {plan.items} {items} = {epochs}; "
+        f"{recipe}precision {plan.precision}\n"
+        f"{plan.steps} steps of {plan.items} {items}{each} = {epochs}; "
         f"{held_out or 'no'} {'texts' if items == 'rows' else items} held out for validation\n"
         f"disk: {gib(plan.disk)} of checkpoints and adapters in {config.folder}; {plan.cache.line()}",
         markup=False,
@@ -81,21 +88,38 @@ def print_plan(config: "RunConfig", plan: "Plan", console: "Console", everything
     )
 
 
-def print_experts(config: "RunConfig", steps: int, console: "Console") -> None:
+def print_experts(config: "RunConfig", plan: "Plan", console: "Console") -> None:
     """Which of two networks is trained when, and at which times."""
-    from weft.run.pace import Pace
-
     experts = config.family.experts
     if experts == config.family.all_experts and len(experts) == 1:
         return
-    pace = Pace(config.objective, experts, steps)
     for expert in experts:
-        (phase,) = (name for name in (expert.name, "train") if name in pace.steps)
+        roles = config.objective.roles((expert,))
+        steps = max(part.steps for part in plan.parts if part.role in roles)
+        own = "an adapter of its own" if len(roles) == 1 else f"adapters of its own: {', '.join(roles)}"
         low, high = config.objective.range_of(expert)
-        console.print(
-            f"Expert {expert.name}: times {low:g} to {high:g}, {pace.of(phase)} steps, an adapter of its own",
-            markup=False,
-        )
+        console.print(f"Expert {expert.name}: times {low:g} to {high:g}, {steps} steps, {own}", markup=False)
+
+
+def print_roles(config: "RunConfig", plan: "Plan", console: "Console") -> None:
+    """Of an objective that trains several parts: each with its rate and its steps, what they share, and the way of a
+    distilled student."""
+    from weft.run.parts import base_bytes, distilled
+
+    if not config.objective.parts:
+        return
+    base, adapters = base_bytes(config, plan.precision), 4 * plan.parameters.trainable
+    copies = 1 + len(config.objective.parts)
+    which = "the base" if len(config.family.experts) == 1 else "each base"
+    held, three = gib(base + adapters), gib(copies * base + adapters)
+    lines = [
+        "Roles on one base, which without an adapter is the teacher:",
+        *(f"  {part.line()}" for part in plan.parts),
+        f"Weights held: {which} once and adapters, {held}; with {copies} copies of {which} they would be {three}",
+        *distilled(config),
+    ]
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def print_clips(plan: "Plan", console: "Console", everything: bool) -> None:
@@ -125,6 +149,30 @@ def print_clips(plan: "Plan", console: "Console", everything: bool) -> None:
     for notice in plan.survey.notices:
         console.print(f"  note: {notice}", markup=False, soft_wrap=True)
     console.print()
+
+
+def print_prompts(plan: "Plan", console: "Console", everything: bool) -> None:
+    """Each caption under its key, as events name it."""
+    prompts = plan.survey.train
+    shown = prompts if everything else prompts[:SHOWN]
+    console.print("Captions without clips")
+    for prompt in shown:
+        text = prompt.text if everything or len(prompt.text) <= LETTERS else f"{prompt.text[:LETTERS]}..."
+        console.print(f"  {prompt.key}  {text}", markup=False, soft_wrap=True)
+    if len(shown) < len(prompts):
+        console.print(f"{len(prompts) - len(shown)} more captions; weft plan --all shows them.", markup=False)
+    others = f", {plan.survey.of_others} go to other shares" if plan.survey.of_others else ""
+    console.print(f"  {len(prompts)} captions{others}", markup=False)
+    for notice in plan.survey.notices:
+        console.print(f"  note: {notice}", markup=False, soft_wrap=True)
+    console.print()
+
+
+def items_of(config: "RunConfig") -> str:
+    """What a step is counted in."""
+    if config.family.medium == "text":
+        return "rows"
+    return "clips" if config.data.has_latents else "captions"
 
 
 def print_texts(config: "RunConfig", plan: "Plan", console: "Console", everything: bool) -> None:
@@ -157,7 +205,8 @@ def print_shapes(config: "RunConfig", plan: "Plan", console: "Console") -> None:
 
     text = config.family.medium == "text"
     title = f"{'Rows' if text else 'Buckets'} at batch {config.data.batch_size}"
-    columns = ("tokens", "rows") if text else ("frames x height x width", "tokens", "clips")
+    title += "" if config.data.has_latents else ", each drawn as often as any other"
+    columns = ("tokens", "rows") if text else ("frames x height x width", "tokens", items_of(config))
     table = Table(*columns, "memory", "of it activations", title=title, title_justify="left", box=SIMPLE_HEAD)
     for shape, memory in plan.memory.items():
         name = () if text else (str(shape),)
@@ -206,13 +255,19 @@ def print_memory(plan: "Plan", console: "Console") -> None:
 
 
 def print_targets(plan: "Plan", console: "Console") -> None:
+    """Which layers are adapted; of several parts for each that differs."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table("pattern", "read as", "modules", "such as", title="Targets", title_justify="left", box=SIMPLE_HEAD)
-    for row in plan.targets.rows():
-        table.add_row(*map(str, row))
-    console.print(table)
+    shared: dict[tuple[tuple[object, ...], ...], list[str]] = {}
+    for part in plan.parts:
+        shared.setdefault(tuple(map(tuple, part.targets.rows())), []).append(part.role)
+    for rows, roles in shared.items():
+        title = "Targets" if len(shared) == 1 else f"Targets of {' and '.join(roles)}"
+        table = Table("pattern", "read as", "modules", "such as", title=title, title_justify="left", box=SIMPLE_HEAD)
+        for row in rows:
+            table.add_row(*map(str, row))
+        console.print(table)
 
 
 def gib(size: int) -> str:

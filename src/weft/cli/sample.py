@@ -12,12 +12,18 @@ from weft.errors import ConfigError
 if TYPE_CHECKING:
     from weft.run.apply import Applied, Chosen
     from weft.run.config import Prompt
+    from weft.run.shots import Shot
     from weft.run.writing import Chat, Manner
 
 DEFAULTS = {"frames": 81, "width": 832, "height": 480, "steps": 30, "guidance": 5.0, "guidance_low": None,
             "negative": "", "seed": 0}  # fmt: skip
 OF_VIDEO = ("image", "fps", "frames", "width", "height", "steps", "guidance", "guidance_low", "negative")
 OF_TEXT = ("tokens", "temperature", "top_p", "system", "template")
+OPTIONS = {
+    "steps": "default: as the training run's samples; of a few-step adapter as many as it was distilled for",
+    "guidance": "default: as the training run's samples; of a few-step adapter 1",
+    "guidance_low": "of the low expert",
+}
 TOKENS = 128  # of the longest reply
 FILES = (".txt", ".jsonl")  # an --out of replies that is one file
 
@@ -30,15 +36,16 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
         "words",
         nargs="+",
         metavar="ADAPTER [PROMPT ...]",
-        help="adapter folder or file, or the folder of a finished run; for a model with two experts up to two of them. "
-        "What is no path after it is a prompt",
+        help="adapter folder or file, or the folder of a finished run; several for one network add up. What is no path "
+        "after it is a prompt",
     )
     parser.add_argument("--prompt", action="append", default=[], help="what to generate; may be given several times")
     parser.add_argument("--out", type=Path, help="folder for the results (videos: default samples; replies: none, they "
                         "are printed), or for replies a .txt or .jsonl file")  # fmt: skip
     parser.add_argument("--base", help="base model folder, when it is not where it was in training")
     parser.add_argument("--compare", action="store_true", help="also without the adapter, on the same noise or seed")
-    parser.add_argument("--strength", type=float, default=1.0, help="of the adapter; 1 is as trained")
+    parser.add_argument("--strength", default="1", help="of the adapters, one number, or one for each such as 1,0.8; "
+                        "1 is as trained")  # fmt: skip
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     parser.add_argument("--seed", type=int, help="of the first prompt; it counts up (default: as in the training run)")
@@ -47,7 +54,7 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
     video.add_argument("--fps", type=float, help="frames per second of the files (default: as in training)")
     for name, kind in (("frames", int), ("width", int), ("height", int), ("steps", int), ("guidance", float),
                        ("guidance_low", float), ("negative", str)):  # fmt: skip
-        help = "of the low expert" if name == "guidance_low" else "default: as the training run's samples"
+        help = OPTIONS.get(name, "default: as the training run's samples")
         video.add_argument(f"--{name.replace('_', '-')}", type=kind, help=help)
     text.add_argument("--tokens", type=int, help="of the longest reply (default: as the training run's samples)")
     text.add_argument("--temperature", type=float, help="of chance; default 0: the likeliest token each time")
@@ -68,18 +75,34 @@ def run(argv: Sequence[str]) -> int:
 
     adapters, prompts = sorted_words(arguments.words)
     arguments.prompt = [*prompts, *arguments.prompt]
-    chosen = choose(adapters, arguments.base)
+    chosen = choose(adapters, arguments.base, strengths(arguments.strength, len(adapters)))
     refuse_foreign(arguments, chosen.family.medium)
-    asked = questions(chosen, arguments) if chosen.family.medium == "text" else None
-    applied = apply_chosen(chosen, arguments.device, arguments.precision, arguments.strength)
+    asked = questions(chosen, arguments) if chosen.family.medium == "text" else shots_of(chosen, arguments)
+    applied = apply_chosen(chosen, arguments.device, arguments.precision)
     if not applied.trained_here:
-        print("note: the adapter was trained on other base weights than these.", file=sys.stderr)
-    if asked is not None:
+        note("the adapter was trained on other base weights than these.")
+    if isinstance(asked, tuple):
         tell_replies(applied, asked, arguments)
         return 0
-    for path in make_samples(applied, arguments):
+    for path in make_samples(applied, asked, arguments):
         print(path)
     return 0
+
+
+def note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
+
+
+def strengths(text: str, adapters: int) -> list[float]:
+    """One for each adapter. Raises ConfigError."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if len(found) not in (1, adapters):
+        each = f", or {adapters} between commas, one for each adapter" if adapters > 1 else ""
+        raise ConfigError(f"--strength: expected one number{each}, got '{text}'.")
+    return found * adapters if len(found) == 1 else found
 
 
 def sorted_words(words: Sequence[str]) -> tuple[list[Path], list[str]]:
@@ -216,31 +239,81 @@ def prompts_of(arguments: argparse.Namespace, trained: Mapping[str, Any]) -> "li
 # ---- Videos -------------------------------------------------------------------------------------------------------
 
 
-def settings(arguments: argparse.Namespace, trained: Mapping[str, Any]) -> dict[str, Any]:
-    """Each setting from the command line, else from the training run, else the default."""
+def settings(arguments: argparse.Namespace, trained: Mapping[str, Any], leaving: Sequence[str] = ()) -> dict[str, Any]:
+    """Each setting from the command line, else from the training run, else the default. leaving: options of the command
+    line that are not asked."""
     known = {**DEFAULTS, **trained.get("samples", {})}
-    given = {name: getattr(arguments, name) for name in DEFAULTS}
-    return {name: known[name] if value is None else value for name, value in given.items()}
+    given = {name: getattr(arguments, name) for name in DEFAULTS if name not in leaving}
+    return {name: known[name] if given.get(name) is None else given[name] for name in DEFAULTS}
 
 
-def make_samples(applied: "Applied", arguments: argparse.Namespace) -> list[Path]:
-    """The files: one video for each prompt (and one of the base), and a sheet of frames. Raises ConfigError."""
+def shots_of(chosen: "Chosen", arguments: argparse.Namespace) -> "dict[bool, list[Shot]]":
+    """What is generated with the adapters (True) and, to compare, by the base alone (False). A few-step student is
+    asked at its own times, beside a base as the training run sampled it. Raises ConfigError."""
+    from weft.contracts import as_video
+    from weft.run.shots import Shot, check_shots
+
+    def shots(facts: dict[str, Any]) -> list[Shot]:
+        seed = facts.pop("seed")
+        return [Shot(prompt=p.text, image=p.image, seed=seed + i, **facts) for i, p in enumerate(prompts)]
+
+    if arguments.steps is not None and arguments.steps < 1:
+        raise ConfigError(f"--steps: expected a whole number of at least 1, got {arguments.steps}.")
+    prompts = prompts_of(arguments, chosen.config)
+    asked = {True: shots(settings(arguments, chosen.config))}
+    check_shots(as_video(chosen.family), asked[True], "--")
+    if chosen.step_list is not None:
+        asked[True] = few_step_shots(chosen, arguments, asked[True])
+    if arguments.compare and chosen.step_list is not None:
+        asked[False] = shots(settings(arguments, chosen.config, leaving=("steps", "guidance", "guidance_low")))
+        base = asked[False][0]
+        note(f"the base is sampled in {base.steps} steps with guidance {base.guidance:g}, as in the training run.")
+    elif arguments.compare:
+        asked[False] = asked[True]
+    return asked
+
+
+def few_step_shots(chosen: "Chosen", arguments: argparse.Namespace, shots: "Sequence[Shot]") -> "list[Shot]":
+    """The shots as a few-step student makes them, with a note of what departs from what it was distilled for."""
+    from weft.contracts import as_video
+    from weft.run.shots import in_few_steps
+
+    own = chosen.step_list
+    assert own is not None
+    steps = own if arguments.steps is None else own.resized(arguments.steps)
+    names = [expert.name for expert in as_video(chosen.family).all_experts]
+    guidance: dict[str, float] = {}
+    for name in names:
+        wished = arguments.guidance_low if name == "low" and arguments.guidance_low is not None else arguments.guidance
+        if name not in chosen.students:
+            guidance[name] = shots[0].guidance_of(name)
+            note(f"expert {name} has no few-step adapter: it takes its share of the {len(steps.times)} steps, few for "
+                 f"it, with guidance {guidance[name]:g}.")  # fmt: skip
+        elif wished is not None and wished != 1:
+            guidance[name] = wished
+            note(f"the adapter was distilled for guidance 1; guidance {wished:g} asks it twice a step.")
+        else:
+            guidance[name] = 1.0
+    if steps != own:
+        note(f"the adapter was distilled for {own}; it is asked in {steps}.")
+    return [in_few_steps(shot, steps, guidance) for shot in shots]
+
+
+def make_samples(
+    applied: "Applied", asked: "Mapping[bool, Sequence[Shot]]", arguments: argparse.Namespace
+) -> list[Path]:
+    """The files: one video for each prompt (and one of the base), and a sheet of frames. Raises DataError."""
     from weft.contracts import as_video
     from weft.data.media import contact_sheet, write_video
     from weft.run.sampling import decoded, generate
-    from weft.run.shots import Shot, check_shots, encoded
+    from weft.run.shots import encoded
 
-    chosen = settings(arguments, applied.config)
     family, out = as_video(applied.model.family), arguments.out or Path("samples")
-    seed = chosen.pop("seed")
-    prompts = prompts_of(arguments, applied.config)
-    shots = [Shot(prompt=p.text, image=p.image, seed=seed + i, **chosen) for i, p in enumerate(prompts)]
-    check_shots(family, shots, "--")
     fps = arguments.fps or applied.config.get("data", {}).get("fps") or family.geometry().fps
-    told = encoded(shots, family, applied.encoders)
+    told = encoded(asked[True], family, applied.encoders)
     out.mkdir(parents=True, exist_ok=True)
     rows, files = [], []
-    for adapter in (True, False) if arguments.compare else (True,):
+    for adapter, shots in asked.items():
         with applied.use(adapter):
             latents = generate(applied.model, applied.engine, shots, told)
         for i, (shot, latent) in enumerate(zip(shots, latents, strict=True)):

@@ -12,6 +12,7 @@ import yaml
 
 from weft.config.show import show as as_yaml
 from weft.errors import ModelError, RunError, did_you_mean
+from weft.few_steps import StepList
 from weft.formats.describe import describe
 from weft.formats.header import read_header
 
@@ -71,6 +72,7 @@ def adapter_facts(path: Path) -> Facts:
     found = describe(path)
     provenance = {name.removeprefix("weft."): value for name, value in found.metadata.items()}
     config = _json(provenance.pop("config", ""))
+    steps = _few_steps(provenance.pop("step_list", ""))
     if (items := provenance.get("data.items", "")).isdecimal():
         provenance["data.items"] = f"{items} {_items(config)}"
     variant = [name for name, used in (("rslora", found.rslora), ("dora", found.dora)) if used]
@@ -84,9 +86,20 @@ def adapter_facts(path: Path) -> Facts:
         "parameters": found.parameters,
         "dtype": {DTYPES.get(dtype, dtype): count for dtype, count in found.dtypes.items()},
         "targets": _patterns(found.targets),
+        **({"sampled in": steps} if steps else {}),
         "trained with": provenance or "(the file does not say)",
         **({"config": config} if config else {}),
     }
+
+
+def _few_steps(text: str) -> str:
+    """At which times a few-step student is asked, from its file's own words; nothing for other adapters."""
+    if not text:
+        return ""
+    try:
+        return f"{StepList.from_json(text)}, guidance 1"
+    except ValueError as damaged:
+        return f"(damaged: {damaged})"
 
 
 def checkpoint_facts(folder: Path) -> Facts:
@@ -270,6 +283,8 @@ def _items(config: Mapping[str, Any]) -> str:
     """What the items of a run's data are."""
     from weft import plugins
 
+    if config.get("data", {}).get("kind") == "prompts":
+        return "captions"
     family = plugins.section_types("family").get(config.get("family", {}).get("kind"))
     return {"video": "clips", "text": "conversations"}[family.medium] if family else "items"
 

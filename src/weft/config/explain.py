@@ -3,7 +3,7 @@
 import json
 import textwrap
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -14,7 +14,7 @@ from weft.config.meanings import meaning, summary
 from weft.config.peers import PEERS
 from weft.config.show import inline
 from weft.config.source import EXTENDS
-from weft.config.tree import SectionType, every_key, field_type, item_type, kind_of, members, sections
+from weft.config.tree import SectionType, bare, every_key, field_type, item_type, kind_of, members, sections
 from weft.config.words import described
 from weft.errors import ConfigError, did_you_mean
 
@@ -67,6 +67,9 @@ def explain(model: SectionType, path: str = "") -> str:
             kind, field = by_kind[0], None
             continue
         if step.isdecimal():
+            continue
+        if get_origin(bare(kind)) is dict and not any(step in section.model_fields for section in found):
+            kind, field, at = get_args(bare(kind))[1], None, [*at, step]  # a name that the user chooses
             continue
         owner = next((section for section in found if step in section.model_fields), None)
         if owner is None:

@@ -156,6 +156,9 @@ class _Translator:
         here = tuple("0" if isinstance(step, int) else step for step in spot.path)
         same = [home for home in homes if home.path == here]
         if same:  # the right place, but another kind of the choice
+            if kind_of(spot.section) is None:  # of a choice further out
+                names = ", ".join(spot.section.model_fields)
+                return f"It goes with another kind of {here[0]}. Here there are: {names}."
             kinds = " and ".join(f"'{kind_of(home.section)}'" for home in same)
             return f"It belongs to kind {kinds}, and this is kind '{kind_of(spot.section)}'."
         places = list(dict.fromkeys(home.dotted for home in homes))

@@ -19,6 +19,12 @@ _ATTENTION = "Of video models it is family.attention."
 _TEXT = "It needs kind: chat."
 _EPOCHS = "It stands in place of steps."
 _SHIFT = "It needs kind: shift."
+_NUMBER_OF_STEPS = "It is their number; the times follow from it and from objective.shift."
+_CRITIC = "NAME is critic."
+_BOTH_BETAS = "Write both, such as [0.0, 0.999]."
+_ONE_MORE = "It is g in u + g (c - u): one more than there."
+_ONE_BASE = "Teacher, student and critic are one base."
+_BOTH_ENDS = "Write both ends from 0 to 1, such as [0.02, 0.98]."
 _BUCKETS = "One token budget and a list of shapes take the place of sample sizes."
 
 PEERS: dict[str, Peer] = {
@@ -208,6 +214,46 @@ PEERS: dict[str, Peer] = {
     "weighting_scheme": Peer("objective.timesteps.kind", "musubi-tuner's and VideoX-Fun's", "See also weighting."),
     "min_timestep": Peer("objective.times", "musubi-tuner's", "Write both ends from 0 to 1, such as [0.0, 0.875]."),
     "max_timestep": Peer("objective.times", "musubi-tuner's", "Write both ends from 0 to 1, such as [0.0, 0.875]."),
+    # distillation
+    "gen_update_interval": Peer("objective.student_every", "VideoX-Fun's"),
+    "generator_update_interval": Peer("objective.student_every", "FastVideo's"),
+    "dfake_gen_update_ratio": Peer("objective.student_every", "Self-Forcing's and CausVid's"),
+    "denoising_step_indices_list": Peer("objective.steps", "VideoX-Fun's", _NUMBER_OF_STEPS),
+    "denoising_step_list": Peer("objective.steps", "Self-Forcing's and CausVid's", _NUMBER_OF_STEPS),
+    "dmd_denoising_steps": Peer("objective.steps", "FastVideo's", _NUMBER_OF_STEPS),
+    "warp_denoising_step": Peer("objective.shift", "Self-Forcing's", "The times are always moved by it."),
+    "timestep_shift": Peer("objective.shift", "Self-Forcing's", "Left out it is the model's own."),
+    "real_guidance_scale": Peer("objective.guidance", "VideoX-Fun's", "It is the same g in u + g (c - u)."),
+    "real_score_guidance_scale": Peer("objective.guidance", "FastVideo's", _ONE_MORE),
+    "fake_guidance_scale": Peer("objective.critic_guidance", "VideoX-Fun's", "Its 0 is 1 here: off."),
+    "negative_prompt": Peer("objective.negative", "Self-Forcing's", "Of samples it is samples.negative."),
+    "backward_simulation": Peer("objective.inputs", "CausVid's", "Write simulated or data."),
+    "simulate_generator_forward": Peer("objective.inputs", "FastVideo's", "Write simulated or data."),
+    "min_timestep_ratio": Peer("objective.times", "FastVideo's", _BOTH_ENDS),
+    "max_timestep_ratio": Peer("objective.times", "FastVideo's", _BOTH_ENDS),
+    "learning_rate_critic": Peer("roles.NAME.optimizer.lr", "VideoX-Fun's", _CRITIC),
+    "lr_critic": Peer("roles.NAME.optimizer.lr", "Self-Forcing's", _CRITIC),
+    "fake_score_learning_rate": Peer("roles.NAME.optimizer.lr", "FastVideo's", _CRITIC),
+    "fake_score_lr_scheduler": Peer("roles.NAME.curve", "FastVideo's", _CRITIC),
+    "fake_score_betas": Peer("roles.NAME.optimizer.betas", "FastVideo's", _CRITIC),
+    "beta1": Peer("optimizer.betas", "Self-Forcing's", _BOTH_BETAS),
+    "beta2": Peer("optimizer.betas", "Self-Forcing's", _BOTH_BETAS),
+    "beta1_critic": Peer("roles.NAME.optimizer.betas", "Self-Forcing's", f"{_CRITIC} {_BOTH_BETAS}"),
+    "beta2_critic": Peer("roles.NAME.optimizer.betas", "Self-Forcing's", f"{_CRITIC} {_BOTH_BETAS}"),
+    "max_grad_norm_critic": Peer("roles.NAME.max_norm", "LongLive's", _CRITIC),
+    "ema_weight": Peer("ema.decay", "Self-Forcing's"),
+    "ema_start_step": Peer("ema.start", "Self-Forcing's and FastVideo's"),
+    "generator_ckpt": Peer("adapter.start_from", "Self-Forcing's", "Whole weights of a student go to family.source."),
+    "real_name": Peer("family.source", "Self-Forcing's", _ONE_BASE),
+    "fake_name": Peer("family.source", "Self-Forcing's", _ONE_BASE),
+    "real_score_model_path": Peer("family.source", "FastVideo's", _ONE_BASE),
+    "fake_score_model_path": Peer("family.source", "FastVideo's", _ONE_BASE),
+    "real_score_pretrained_model_name_or_path": Peer("family.source", "VideoX-Fun's", _ONE_BASE),
+    "max_iters": Peer("schedule.steps", "Self-Forcing's"),
+    "total_batch_size": Peer("schedule.global_batch", "Self-Forcing's", "accumulate follows from it."),
+    "log_iters": Peer("save.every", "Self-Forcing's"),
+    "image_or_video_shape": Peer("data.buckets", "Self-Forcing's", "In pixels and frames, not in latents."),
+    "data_path": Peer("data.files", "Self-Forcing's", "It needs kind: prompts."),
     # data
     "dataset_config": Peer("data.sources", "musubi-tuner's"),
     "dataset": Peer("data.sources", "LLaMA-Factory's and diffusion-pipe's"),
@@ -278,5 +324,9 @@ PEERS: dict[str, Peer] = {
     "sample_every": Peer("samples.every", "ai-toolkit's"),
     "validation_steps": Peer("samples.every", "VideoX-Fun's and SimpleTuner's"),
     "eval_steps": Peer("validation.every", "LLaMA-Factory's"),
-    "guidance_scale": Peer("samples.guidance", "ai-toolkit's and SimpleTuner's"),
+    "guidance_scale": Peer(
+        "samples.guidance",
+        "ai-toolkit's and SimpleTuner's",
+        "Of a teacher it is objective.guidance, Self-Forcing's plus 1.",
+    ),
 }

@@ -4,7 +4,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -25,23 +25,17 @@ class Bucket:
         return f"{self.frames}x{self.height}x{self.width}"
 
 
-class Buckets(Section):
-    """The shapes that clips may take: one idea, a shape is admitted when its token count fits the budget."""
+class Shapes(Section):
+    """Shapes (frames, height, width): one idea, a shape is admitted when its token count fits the budget."""
 
     sides: tuple[PositiveInt, ...] = Field(
         default=(),
-        description="Nominal square sides in pixels: the area is side^2 at most, the aspect ratio is the clip's. "
-        "Give either sides or sizes.",
+        description="Nominal square sides in pixels: the area is side^2 at most, the aspect ratio is the clip's; of "
+        "captions alone it is one of data.aspects. Give either sides or sizes.",
     )
     sizes: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(
         default=(),
         description="Explicit (width, height) in pixels; a clip takes the one that cuts off least of its picture.",
-    )
-    image_sides: tuple[PositiveInt, ...] = Field(
-        default=(), description="Nominal square sides for images; neither these nor image_sizes: those of videos."
-    )
-    image_sizes: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(
-        default=(), description="Explicit (width, height) for images."
     )
     frames: tuple[PositiveInt, ...] = Field(
         min_length=1,
@@ -50,11 +44,47 @@ class Buckets(Section):
     token_budget: PositiveInt | None = Field(
         default=None, description="Most tokens one clip may cost in the transformer; null admits every shape."
     )
+
+    @model_validator(mode="after")
+    def _one_way_to_say_size(self) -> Self:
+        if bool(self.sides) == bool(self.sizes):
+            raise ValueError("give exactly one of 'sides' (square sides, aspect kept) and 'sizes' (width, height)")
+        return self
+
+    def problems(self, geometry: VideoGeometry) -> list[str]:
+        """What cannot be right for this model, each as a sentence that names the nearest valid values."""
+        found = []
+        for frames in self.frames:
+            below = geometry.longest_clip(frames)
+            if below != frames:
+                found.append(
+                    f"buckets.frames: {frames} frames do not make whole latent frames; counts have the form "
+                    f"{geometry.time_stride}k+1. The nearest are {below} and {below + geometry.time_stride}."
+                )
+        return found + picture_problems(self.sides, self.sizes, geometry)
+
+    def every(self, aspects: Sequence[tuple[int, int]], geometry: VideoGeometry) -> list[Bucket]:
+        """Every shape that there is, over the budget or not: the sizes, or the sides in each aspect ratio (width,
+        height), with each frame count."""
+        found = [size_of_area(side, w / h, geometry.side_multiple) for side in self.sides for w, h in aspects]
+        sizes = [size for size in (*self.sizes, *found) if size is not None]
+        shapes = [Bucket(count, h, w, geometry.tokens(count, h, w)) for w, h in sizes for count in self.frames]
+        return list(dict.fromkeys(shapes))
+
+
+class Buckets(Shapes):
+    """The shapes that clips may take, and how a clip finds its own among them."""
+
+    image_sides: tuple[PositiveInt, ...] = Field(
+        default=(), description="Nominal square sides for images; neither these nor image_sizes: those of videos."
+    )
+    image_sizes: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(
+        default=(), description="Explicit (width, height) for images."
+    )
     upscale: bool = Field(
         default=False,
         description="Enlarge clips that are smaller than the bucket. If not, they keep a smaller size or are dropped.",
     )
-
     choice: Literal["largest", "each_size", "each_frames", "each"] = Field(
         default="largest",
         description="Of the shapes that it can fill within the budget a clip takes the one of most tokens; or it is an "
@@ -69,37 +99,14 @@ class Buckets(Section):
     )
 
     @model_validator(mode="after")
-    def _one_way_to_say_size(self) -> "Buckets":
-        if bool(self.sides) == bool(self.sizes):
-            raise ValueError("give exactly one of 'sides' (square sides, aspect kept) and 'sizes' (width, height)")
+    def _one_way_to_say_the_size_of_images(self) -> Self:
         if self.image_sides and self.image_sizes:
             raise ValueError("image_sides: give one of 'image_sides' and 'image_sizes', not both")
         return self
 
     def problems(self, geometry: VideoGeometry) -> list[str]:
-        """What cannot be right for this model, each as a sentence that names the nearest valid values."""
-        found = []
-        for frames in self.frames:
-            below = geometry.longest_clip(frames)
-            if below != frames:
-                found.append(
-                    f"buckets.frames: {frames} frames do not make whole latent frames; counts have the form "
-                    f"{geometry.time_stride}k+1. The nearest are {below} and {below + geometry.time_stride}."
-                )
-        m = geometry.side_multiple
-        for width, height in (*self.sizes, *self.image_sizes):
-            if width % m or height % m:
-                near = f"{max(m, round(width / m) * m)}x{max(m, round(height / m) * m)}"
-                found.append(
-                    f"buckets.sizes: {width}x{height} is refused, because width and height must be multiples of {m} "
-                    f"for this model. The nearest is {near}."
-                )
-        found += [
-            f"buckets.sides: {side} is less than {m} pixels, the smallest side of this model. Use {m} or more."
-            for side in (*self.sides, *self.image_sides)
-            if side < m
-        ]
-        return found
+        """What cannot be right for this model, of images too."""
+        return super().problems(geometry) + picture_problems(self.image_sides, self.image_sizes, geometry)
 
     def choose(
         self, frames: int, width: int, height: int, geometry: VideoGeometry, *, is_image: bool = False
@@ -167,6 +174,24 @@ class Buckets(Section):
         fitting = [(w, h) for w, h in sizes if self.upscale or (w <= width and h <= height)]
         best = max((kept_share(width, height, w, h) for w, h in fitting), default=0.0)
         return [(w, h) for w, h in fitting if kept_share(width, height, w, h) >= best - self.crop_slack]
+
+
+def picture_problems(sides: Sequence[int], sizes: Sequence[tuple[int, int]], geometry: VideoGeometry) -> list[str]:
+    """Which sides and sizes (width, height) the model cannot take, each as a sentence."""
+    found, m = [], geometry.side_multiple
+    for width, height in sizes:
+        if width % m or height % m:
+            near = f"{max(m, round(width / m) * m)}x{max(m, round(height / m) * m)}"
+            found.append(
+                f"buckets.sizes: {width}x{height} is refused, because width and height must be multiples of {m} "
+                f"for this model. The nearest is {near}."
+            )
+    found += [
+        f"buckets.sides: {side} is less than {m} pixels, the smallest side of this model. Use {m} or more."
+        for side in sides
+        if side < m
+    ]
+    return found
 
 
 def kept_share(width: int, height: int, new_width: int, new_height: int) -> float:

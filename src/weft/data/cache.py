@@ -13,7 +13,7 @@ from torch import Tensor
 from weft.contracts import Encoders
 from weft.data.encoding import captions_of, clip_pixels, encoded_caption, encoded_pixels, latent_shape
 from weft.data.filling import ALONE, Filled, Filling, Hands, Taken
-from weft.data.survey import Clip, Survey
+from weft.data.survey import Clip, Wanted
 from weft.events import Listener
 
 
@@ -29,16 +29,19 @@ class CacheStatus:
     def line(self) -> str:
         """The status in one sentence."""
         here = f"cache: {self.present} of {self.present + self.missing} entries present ({_mib(self.bytes)})"
-        return f"{here}; the missing need about {_mib(self.estimated_bytes)}." if self.missing else f"{here}."
+        if not self.missing:
+            return f"{here}."
+        need = f"need about {_mib(self.estimated_bytes)}" if self.estimated_bytes else "are texts"
+        return f"{here}; the missing {need}."
 
 
 def _mib(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB"
 
 
-def latent_bytes(clips: Iterable[Clip], survey: Survey) -> int:
+def latent_bytes(clips: Iterable[Clip], wanted: Wanted) -> int:
     """Bytes of the clips' latents in fp32."""
-    return sum(4 * prod(latent_shape(clip, survey)) for clip in clips)
+    return sum(4 * prod(latent_shape(clip, wanted)) for clip in clips)
 
 
 class Store(Protocol):
@@ -67,18 +70,18 @@ class Store(Protocol):
 class MemoryStore:
     """The same tensors, kept in RAM for one run."""
 
-    def __init__(self, survey: Survey, hands: Hands = ALONE) -> None:
-        self._survey = survey
+    def __init__(self, wanted: Wanted, hands: Hands = ALONE) -> None:
+        self._wanted = wanted
         self._hands = hands
         self._held: dict[str, Mapping[str, Tensor]] = {}  # under "clip KEY" and "text CAPTION"
 
     def status(self) -> CacheStatus:
         clips, texts = self._missing()
         size = sum(tensor.nbytes for tensors in self._held.values() for tensor in tensors.values())
-        return CacheStatus(len(self._held), len(clips) + len(texts), size, latent_bytes(clips, self._survey))
+        return CacheStatus(len(self._held), len(clips) + len(texts), size, latent_bytes(clips, self._wanted))
 
     def fill(self, encoders: Callable[[], Encoders], tell: Listener) -> Filled:
-        return Filling(self, self._survey, encoders, tell, self._hands).run(*self._missing())
+        return Filling(self, self._wanted, encoders, tell, self._hands).run(*self._missing())
 
     def expect(self, clips: Sequence[Clip]) -> None: ...
 
@@ -100,15 +103,15 @@ class MemoryStore:
         return f"text {what}" if isinstance(what, str) else f"clip {what.key}"
 
     def _missing(self) -> tuple[list[Clip], list[str]]:
-        clips = [clip for clip in self._survey.usable if self._name(clip) not in self._held]
-        return clips, [caption for caption in captions_of(self._survey) if self._name(caption) not in self._held]
+        clips = [clip for clip in self._wanted.usable if self._name(clip) not in self._held]
+        return clips, [caption for caption in captions_of(self._wanted) if self._name(caption) not in self._held]
 
 
 class LiveStore:
     """The same tensors, encoded anew each time that they are asked for; the encoders stay loaded."""
 
-    def __init__(self, survey: Survey, hands: Hands = ALONE) -> None:
-        self._survey = survey
+    def __init__(self, wanted: Wanted, hands: Hands = ALONE) -> None:
+        self._wanted = wanted
         self._load: Callable[[], Encoders] | None = None
         self._one_at_a_time = Lock()  # the loader's thread and validation ask; video autoencoders keep state in a call
         self._decoders = ThreadPoolExecutor(hands.workers, "weft-decoder")
@@ -123,14 +126,14 @@ class LiveStore:
 
     def expect(self, clips: Sequence[Clip]) -> None:
         for clip in clips:
-            decoding = self._decoders.submit(clip_pixels, clip, self._survey.fps)
+            decoding = self._decoders.submit(clip_pixels, clip, self._wanted.fps)
             self._expected.setdefault(clip.key, []).append(decoding)
 
     def clip(self, clip: Clip) -> Mapping[str, Tensor]:
         expected = self._expected.get(clip.key)
-        pixels = expected.pop(0).result() if expected else clip_pixels(clip, self._survey.fps)
+        pixels = expected.pop(0).result() if expected else clip_pixels(clip, self._wanted.fps)
         with self._one_at_a_time:
-            return encoded_pixels(pixels, [clip], self._survey, self._encoders())[0]
+            return encoded_pixels(pixels, [clip], self._wanted, self._encoders())[0]
 
     def text(self, caption: str) -> Mapping[str, Tensor]:
         with self._one_at_a_time:

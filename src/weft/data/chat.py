@@ -119,6 +119,7 @@ class ChatData(Section):
     """Conversations and texts for a language model."""
 
     medium: ClassVar[Literal["text"]] = "text"
+    has_latents: ClassVar[bool] = True  # its batches hold what is learned from, not captions alone
     kind: Literal["chat"] = "chat"
     sources: tuple[TextSource, ...] = Field(
         min_length=1, description="Where the training conversations come from; at least one."

@@ -12,7 +12,7 @@ from weft.data.claims import Claims
 from weft.data.encoding import CODE_VERSION, captions_of, latent_shape
 from weft.data.entries import ContentHashes, entry_path, is_sound, read_entry, write_entry
 from weft.data.filling import ALONE, Filled, Filling, Hands, Taken
-from weft.data.survey import Clip, Survey, bucket_of
+from weft.data.survey import Clip, Wanted, bucket_of
 from weft.errors import DataError
 from weft.events import Listener
 
@@ -20,9 +20,9 @@ from weft.events import Listener
 class LatentStore:
     """Entries found by content, cut and the encoder's fingerprint. Processes that fill it at once divide the work."""
 
-    def __init__(self, folder: Path, survey: Survey, identity: Mapping[str, str], hands: Hands = ALONE) -> None:
+    def __init__(self, folder: Path, wanted: Wanted, identity: Mapping[str, str], hands: Hands = ALONE) -> None:
         self._folder = folder
-        self._survey = survey
+        self._wanted = wanted
         self._identity = dict(identity)
         self._hands = hands
         self._hashes = ContentHashes(folder / "hashes.json")
@@ -34,7 +34,7 @@ class LatentStore:
             return entry_path(self._folder, "text", what, self._identity["text"])
         bucket = bucket_of(what)
         transform = {
-            "fps": self._survey.fps if what.media == "video" else None,
+            "fps": self._wanted.fps if what.media == "video" else None,
             "frames": bucket.frames,
             "height": bucket.height,
             "width": bucket.width,
@@ -52,9 +52,9 @@ class LatentStore:
         clips, texts = self._missing()
         gone = {self.path_of(clip): clip for clip in clips}
         lost = {*gone, *map(self.path_of, texts)}
-        wanted = {*map(self.path_of, self._survey.usable), *map(self.path_of, captions_of(self._survey))}
+        wanted = {*map(self.path_of, self._wanted.usable), *map(self.path_of, captions_of(self._wanted))}
         size = sum(path.stat().st_size for path in wanted - lost)
-        return CacheStatus(len(wanted - lost), len(lost), size, latent_bytes(gone.values(), self._survey))
+        return CacheStatus(len(wanted - lost), len(lost), size, latent_bytes(gone.values(), self._wanted))
 
     def fill(self, encoders: Callable[[], Encoders], tell: Listener) -> Filled:
         clips, texts = self._missing()
@@ -63,14 +63,14 @@ class LatentStore:
         unfit = {*map(self.path_of, clips), *map(self.path_of, texts)}
         filled = Filled(damaged=sum(path.exists() for path in unfit))
         with self._claims:
-            Filling(self, self._survey, encoders, tell, self._hands, filled).run(clips, texts)
+            Filling(self, self._wanted, encoders, tell, self._hands, filled).run(clips, texts)
         self._refuse_gaps(filled.failed)
         return filled
 
     def expect(self, clips: Sequence[Clip]) -> None: ...
 
     def clip(self, clip: Clip) -> Mapping[str, Tensor]:
-        return self._read(self.path_of(clip), "latents", latent_shape(clip, self._survey), f"{clip.key}: its latents")
+        return self._read(self.path_of(clip), "latents", latent_shape(clip, self._wanted), f"{clip.key}: its latents")
 
     def text(self, caption: str) -> Mapping[str, Tensor]:
         return self._read(self.path_of(caption), "text", None, f"The text of '{caption[:60]}'")
@@ -96,14 +96,14 @@ class LatentStore:
     def _has(self, what: Clip | str) -> bool:
         if isinstance(what, str):
             return is_sound(self.path_of(what), "text")
-        return is_sound(self.path_of(what), "latents", latent_shape(what, self._survey))
+        return is_sound(self.path_of(what), "latents", latent_shape(what, self._wanted))
 
     def _missing(self) -> tuple[list[Clip], list[str]]:
         """Clips and captions that have no sound entry."""
-        self._hashes.learn({clip.path for clip in self._survey.usable}, self._hands.workers)
-        clips = [clip for clip in self._survey.usable if not self._has(clip)]
+        self._hashes.learn({clip.path for clip in self._wanted.usable}, self._hands.workers)
+        clips = [clip for clip in self._wanted.usable if not self._has(clip)]
         self._hashes.save()
-        return clips, [caption for caption in captions_of(self._survey) if not self._has(caption)]
+        return clips, [caption for caption in captions_of(self._wanted) if not self._has(caption)]
 
     def _refuse_gaps(self, failed: Mapping[str, str]) -> None:
         """Raise DataError when something is not there that was to be written."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from weft.contracts import Encoders
 from weft.data.media import Cut, read_cuts, read_image
-from weft.data.survey import Clip, Survey, bucket_of
+from weft.data.survey import Clip, Wanted, bucket_of
 from weft.errors import DataError
 
 # Raise it whenever the same file would give other pixels or latents: entries of older code are then not found.
@@ -44,7 +44,7 @@ def pixels_of(clips: Sequence[Clip], fps: float) -> Iterator[tuple[Clip, Tensor]
 
 
 def encoded_pixels(
-    pixels: Tensor, clips: Sequence[Clip], survey: Survey, encoders: Callable[[], Encoders]
+    pixels: Tensor, clips: Sequence[Clip], wanted: Wanted, encoders: Callable[[], Encoders]
 ) -> list[dict[str, Tensor]]:
     """For each of the clips, whose pixels are (B, 3, F, H, W) uint8: latents (C, F, H, W) in fp32, and what the model
     is told of its first frame. Raises DataError on NaN."""
@@ -53,7 +53,7 @@ def encoded_pixels(
         encoded = {"latents": encoders().latents(known).float(), **encoders().given(known)}
     encoded = {name: tensor.cpu() for name, tensor in encoded.items()}
     return [
-        _sound({name: tensor[i].clone().contiguous() for name, tensor in encoded.items()}, clip, survey)
+        _sound({name: tensor[i].clone().contiguous() for name, tensor in encoded.items()}, clip, wanted)
         for i, clip in enumerate(clips)
     ]
 
@@ -69,20 +69,20 @@ def encoded_caption(caption: str, encoders: Callable[[], Encoders]) -> dict[str,
     return tensors
 
 
-def latent_shape(clip: Clip, survey: Survey) -> tuple[int, int, int, int]:
+def latent_shape(clip: Clip, wanted: Wanted) -> tuple[int, int, int, int]:
     """(C, F, H, W) of a clip's latents, by arithmetic."""
     bucket = bucket_of(clip)
-    return survey.geometry.latent_shape(bucket.frames, bucket.height, bucket.width)
+    return wanted.geometry.latent_shape(bucket.frames, bucket.height, bucket.width)
 
 
-def captions_of(survey: Survey) -> list[str]:
-    """Every caption that a batch may ask for, once each, the empty one first."""
-    return list(dict.fromkeys([EMPTY_CAPTION, *(caption for clip in survey.usable for caption in clip.captions)]))
+def captions_of(wanted: Wanted) -> list[str]:
+    """Every text that a batch may ask for, once each, the empty caption first."""
+    return list(dict.fromkeys([EMPTY_CAPTION, *wanted.texts]))
 
 
-def _sound(tensors: dict[str, Tensor], clip: Clip, survey: Survey) -> dict[str, Tensor]:
+def _sound(tensors: dict[str, Tensor], clip: Clip, wanted: Wanted) -> dict[str, Tensor]:
     """The tensors of a clip, when they are finite and of the right shape."""
-    found, expected = tuple(tensors["latents"].shape), latent_shape(clip, survey)
+    found, expected = tuple(tensors["latents"].shape), latent_shape(clip, wanted)
     assert found == expected, f"the encoder gives {found}, its geometry says {expected}"
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():

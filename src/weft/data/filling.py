@@ -15,7 +15,7 @@ from weft.contracts import Encoders
 from weft.data.ahead import ahead_in_each
 from weft.data.buckets import Bucket
 from weft.data.encoding import encoded_caption, encoded_pixels, pixels_of
-from weft.data.survey import Clip, Survey, bucket_of
+from weft.data.survey import Clip, Wanted, bucket_of
 from weft.errors import DataError
 from weft.events import Listener, Notice, PhaseStarted, Progress
 
@@ -70,7 +70,7 @@ class Filling:
     """One filling of a shelf. encoders: made when they are first asked for, and once."""
 
     shelf: Shelf
-    survey: Survey
+    wanted: Wanted
     encoders: Callable[[], Encoders]
     tell: Listener
     hands: Hands
@@ -149,7 +149,7 @@ class Filling:
                 yield item, taken
         waiting = {item.key: item for item in ours}
         try:
-            for item, pixels in pixels_of(ours, self.survey.fps) if ours else ():
+            for item, pixels in pixels_of(ours, self.wanted.fps) if ours else ():
                 del waiting[item.key]
                 yield item, pixels
         except DataError as error:
@@ -159,7 +159,7 @@ class Filling:
     def _encode(self, group: Sequence[tuple[Clip, Tensor]]) -> None:
         clips = [clip for clip, _ in group]
         pixels = torch.cat([found for _, found in group])  # (B, 3, F, H, W)
-        for clip, tensors in zip(clips, encoded_pixels(pixels, clips, self.survey, self.encoders), strict=True):
+        for clip, tensors in zip(clips, encoded_pixels(pixels, clips, self.wanted, self.encoders), strict=True):
             self.shelf.keep(clip, tensors)
             self.filled.encoded += 1
             self._tell_progress(clip.key)

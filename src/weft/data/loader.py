@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import Any
 
@@ -46,13 +46,17 @@ class FailedItem:
 
 @dataclass(frozen=True)
 class VideoExperience:
-    """An endless stream of training batches. Every rank reads its own share of one common order."""
+    """An endless stream of training batches. Every rank reads its own share of one common order.
+
+    beside: name -> text that every batch tells beside its captions.
+    """
 
     name: str
     last_step: int
     clips: tuple[Clip, ...]
     store: Store
     draws: Draws
+    beside: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def epoch_draws(self) -> int:
@@ -71,7 +75,7 @@ class VideoExperience:
         loaded in the background.
 
         Each holds latents (B, C, F, H, W), text (B, L, D) padded with zeros, text_mask (B, L), True where text is, and
-        what the encoders give beside them.
+        what the encoders give beside them; and of each text beside the captions the same under NAME/, (1, ...).
         Raises DataError that names a clip which can no longer be loaded.
         """
         return ahead(self._drawn(self._sampler(), count(start + rank, world)), BATCHES_AHEAD)
@@ -82,27 +86,22 @@ class VideoExperience:
     def _drawn(self, sampler: BucketSampler, draws: Iterator[int]) -> Iterator[Batch]:
         """The batches of the draws; the store hears of the clips of the next ones."""
         coming: deque[tuple[int, list[Clip]]] = deque()
+        beside = told_beside(self.store, self.beside)
         while True:
             for draw in islice(draws, BATCHES_AHEAD - len(coming)):
                 clips = [self.clips[i] for i in sampler.batch_indices(draw)]
                 self.store.expect(clips)
                 coming.append((draw, clips))
             draw, clips = coming.popleft()
-            yield self._batch(draw, clips)
+            yield self._batch(draw, clips, beside)
 
-    def _batch(self, draw: int, clips: Sequence[Clip]) -> Batch:
+    def _batch(self, draw: int, clips: Sequence[Clip], beside: Mapping[str, Tensor]) -> Batch:
         """The draw-th batch of the run, counted over all ranks."""
-        captions = [self._caption(clip, draw, i) for i, clip in enumerate(clips)]
+        captions = [drawn_caption(clip.captions, self.draws, draw, i) for i, clip in enumerate(clips)]
         shown = [self.store.clip(clip) for clip in clips]
         length = self._length(draw, shown[0]["latents"].shape[1])
-        return collated(clips, [cut(tensors, length) for tensors in shown], [self.store.text(c) for c in captions])
-
-    def _caption(self, clip: Clip, draw: int, place: int) -> str:
-        """One of the clip's captions, or the empty one where the dice of (seed, draw, place) say so."""
-        seed = self.draws.seed
-        if chance(seed, "caption", draw, place) < self.draws.caption_dropout:
-            return EMPTY_CAPTION
-        return clip.captions[int(chance(seed, "which caption", draw, place) * len(clip.captions))]
+        texts = [self.store.text(caption) for caption in captions]
+        return collated(clips, [cut(tensors, length) for tensors in shown], texts, beside)
 
     def _length(self, draw: int, frames: int) -> int:
         """Latent frames that are kept of a batch that has so many."""
@@ -134,12 +133,14 @@ class VideoDataset:
                 loaded.append((clip, self.store.clip(clip)))
             except DataError as error:
                 failed.append(FailedItem(clip.key, str(error)))
+        beside = told_beside(self.store, self.train.beside) if loaded else {}
         batches = []
         for group in grouped([clip for clip, _ in loaded]):
             for first in range(0, len(group), size):
                 chosen = [loaded[i] for i in group[first : first + size]]
+                shown = [tensors for _, tensors in chosen]
                 texts = [self.store.text(clip.caption) for clip, _ in chosen]
-                batches.append(collated([clip for clip, _ in chosen], [tensors for _, tensors in chosen], texts))
+                batches.append(collated([clip for clip, _ in chosen], shown, texts, beside))
         return batches, failed
 
 
@@ -163,15 +164,36 @@ def grouped(clips: Sequence[Clip]) -> list[list[int]]:
     return list(groups.values())
 
 
+def drawn_caption(captions: Sequence[str], draws: Draws, draw: int, place: int) -> str:
+    """One of an item's captions, or the empty one where the dice of (seed, draw, place) say so."""
+    if chance(draws.seed, "caption", draw, place) < draws.caption_dropout:
+        return EMPTY_CAPTION
+    return captions[int(chance(draws.seed, "which caption", draw, place) * len(captions))]
+
+
 def collated(
-    clips: Sequence[Clip], shown: Sequence[Mapping[str, Tensor]], told: Sequence[Mapping[str, Tensor]]
+    clips: Sequence[Clip],
+    shown: Sequence[Mapping[str, Tensor]],
+    texts: Sequence[Mapping[str, Tensor]],
+    beside: Mapping[str, Tensor],
 ) -> Batch:
-    """One batch of clips of one bucket. shown: of each clip the latents (C, F, H, W) and what stands beside them; told:
-    of each caption the text (L_i, D) and what stands beside it."""
-    text, mask = padded([tensors["text"] for tensors in told])
-    beside = [{name: tensor for name, tensor in tensors.items() if name != "text"} for tensors in told]
-    tensors = {**stacked(shown), **stacked(beside), "text": text, "text_mask": mask}
-    return Batch(tensors, tuple(clip.key for clip in clips))
+    """One batch of clips of one bucket. shown: of each clip the latents (C, F, H, W) and what stands beside them.
+    texts: of each caption what a store has. beside: what all batches are told."""
+    return Batch({**stacked(shown), **told(texts), **beside}, tuple(clip.key for clip in clips))
+
+
+def told(texts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The text (B, L, D), its mask (B, L), and what the encoders give beside them, of B texts (L_i, D)."""
+    text, mask = padded([tensors["text"] for tensors in texts])
+    further = [{name: tensor for name, tensor in tensors.items() if name != "text"} for tensors in texts]
+    return {**stacked(further), "text": text, "text_mask": mask}
+
+
+def told_beside(store: Store, beside: Mapping[str, str]) -> dict[str, Tensor]:
+    """NAME/text (1, L, D), NAME/text_mask (1, L), ... of the texts that every batch tells beside its captions."""
+    return {
+        f"{name}/{part}": tensor for name, text in beside.items() for part, tensor in told([store.text(text)]).items()
+    }
 
 
 def cut(tensors: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:

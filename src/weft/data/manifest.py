@@ -63,6 +63,13 @@ class Findings:
     def refuse(self, line: int, problem: str) -> None:
         self.problems.append(f"{self.place(line)}: {problem}")
 
+    def raise_problems(self) -> None:
+        """Raise DataError with the first problems, if there are any."""
+        if self.problems:
+            more = len(self.problems) - PROBLEMS_SHOWN
+            rest = [f"... and {more} more problems in {self.manifest}."] if more > 0 else []
+            raise DataError("\n".join(self.problems[:PROBLEMS_SHOWN] + rest))
+
 
 def read_source(
     path: Path, caption_extension: str = ".txt", root: Path | None = None, only: Media | None = None
@@ -105,17 +112,13 @@ def media_of(path: Path) -> Media | None:
 def manifest_entries(manifest: Path, root: Path) -> Listed:
     """The entries of a manifest. Raises DataError with all its problems, each with its line."""
     found = Findings(manifest, root)
-    rows = {".jsonl": jsonl_rows, ".csv": csv_rows, ".json": json_rows}[manifest.suffix.lower()]
-    for line, row in rows(found):
+    for line, row in rows_of(found):
         _read_row(found, line, row)
     for key, lines in found.unknown.items():
         near = nearest(key, KNOWN_KEYS)
         advice = f"Did you mean '{near[0]}'?" if near else f"Known keys: {', '.join(KNOWN_KEYS)}."
         found.refuse(lines[0], f"there is no key '{key}'{_more(lines)}. {advice}")
-    if found.problems:
-        more = len(found.problems) - PROBLEMS_SHOWN
-        rest = [f"... and {more} more problems in {manifest}."] if more > 0 else []
-        raise DataError("\n".join(found.problems[:PROBLEMS_SHOWN] + rest))
+    found.raise_problems()
     unused = [
         f"{found.place(lines[0])}: '{key}' is not used{_more(lines)}: Weft trains without control signals."
         for key, lines in found.unused.items()
@@ -127,9 +130,14 @@ def _more(lines: list[int]) -> str:
     return f" (and in {len(lines) - 1} more lines)" if len(lines) > 1 else ""
 
 
+def rows_of(found: Findings) -> Iterator[tuple[int, Any]]:
+    """(line, value) of what a manifest lists, by its ending."""
+    return {".jsonl": jsonl_rows, ".csv": csv_rows, ".json": json_rows}[found.manifest.suffix.lower()](found)
+
+
 def jsonl_rows(found: Findings) -> Iterator[tuple[int, Any]]:
     """(line, value) of every line that is not empty."""
-    for line, text in enumerate(_text(found.manifest).splitlines(), start=1):
+    for line, text in enumerate(utf8_text(found.manifest).splitlines(), start=1):
         if not text.strip():
             continue
         try:
@@ -140,7 +148,7 @@ def jsonl_rows(found: Findings) -> Iterator[tuple[int, Any]]:
 
 def csv_rows(found: Findings) -> Iterator[tuple[int, Any]]:
     """(line, row) of a CSV file whose first line names its columns."""
-    reader = csv.DictReader(_text(found.manifest).splitlines(keepends=True))
+    reader = csv.DictReader(utf8_text(found.manifest).splitlines(keepends=True))
     for row in reader:
         extra: Any = row.pop(None, None)  # DictReader puts surplus cells under None
         if extra:
@@ -151,7 +159,7 @@ def csv_rows(found: Findings) -> Iterator[tuple[int, Any]]:
 
 def json_rows(found: Findings) -> Iterator[tuple[int, Any]]:
     """(line, value) of the members of a JSON list, read one by one so that each keeps its line."""
-    text, decoder = _text(found.manifest), json.JSONDecoder()
+    text, decoder = utf8_text(found.manifest), json.JSONDecoder()
     at = _past_space(text, 0)
     if text[at : at + 1] != "[":
         found.refuse(1, "expected a list of objects, [{...}, ...].")
@@ -179,11 +187,12 @@ def _past_space(text: str, at: int) -> int:
     return at
 
 
-def _text(manifest: Path) -> str:
+def utf8_text(path: Path) -> str:
+    """What a file says. Raises DataError."""
     try:
-        return manifest.read_text("utf-8-sig")
+        return path.read_text("utf-8-sig")
     except (UnicodeDecodeError, OSError) as error:
-        raise DataError(f"{manifest} cannot be read as UTF-8 text: {error}. Save it as UTF-8.") from error
+        raise DataError(f"{path} cannot be read as UTF-8 text: {error}. Save it as UTF-8.") from error
 
 
 def _read_row(found: Findings, line: int, row: Any) -> None:
@@ -199,11 +208,11 @@ def _read_row(found: Findings, line: int, row: Any) -> None:
     named = [(key, row[key]) for key in PATH_KEYS if row.get(key)]
     told = [(key, row[key]) for key in CAPTION_KEYS if row.get(key) is not None]
     lists = [(key, text) for key, value in told for text in (value if isinstance(value, list) else [value])]
-    if not _is_one_text(found, line, named, "a path", PATH_KEYS, least=1):
+    if not is_one_text(found, line, named, "a path", PATH_KEYS, least=1):
         return
-    if not all(_is_one_text(found, line, [text], "a caption", CAPTION_KEYS, least=0) for text in lists[1:]):
+    if not all(is_one_text(found, line, [text], "a caption", CAPTION_KEYS, least=0) for text in lists[1:]):
         return
-    if not _is_one_text(found, line, lists[:1] if len(told) < 2 else told, "a caption", CAPTION_KEYS, least=0):
+    if not is_one_text(found, line, lists[:1] if len(told) < 2 else told, "a caption", CAPTION_KEYS, least=0):
         return
     key, name = named[0]
     path = found.root / name
@@ -223,7 +232,7 @@ def _read_row(found: Findings, line: int, row: Any) -> None:
     found.entries.append(Entry(Path(name).as_posix(), path, media, captions, place, problem))
 
 
-def _is_one_text(
+def is_one_text(
     found: Findings, line: int, values: list[tuple[str, Any]], what: str, keys: tuple[str, ...], *, least: int
 ) -> bool:
     """Whether one key of a kind holds a string; says so otherwise."""

@@ -7,17 +7,17 @@ from typing import Literal
 from weft.data.cache import LiveStore, MemoryStore, Store
 from weft.data.disk import LatentStore
 from weft.data.filling import ALONE, Hands
-from weft.data.survey import Survey
+from weft.data.survey import Wanted
 
 
 def open_store(
     mode: Literal["disk", "memory", "off"],
     folder: Path,
-    survey: Survey,
+    wanted: Wanted,
     identity: Mapping[str, str],
     hands: Hands = ALONE,
 ) -> Store:
     """The store of a survey. folder: of the disk's. identity: fingerprints of the weights, a family's own."""
     if mode == "disk":
-        return LatentStore(folder, survey, identity, hands)
-    return MemoryStore(survey, hands) if mode == "memory" else LiveStore(survey, hands)
+        return LatentStore(folder, wanted, identity, hands)
+    return MemoryStore(wanted, hands) if mode == "memory" else LiveStore(wanted, hands)

@@ -1,12 +1,12 @@
 """What training would see: the items that the clips of the sources give, each with its bucket, verdict and reason."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from math import ceil
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from weft.data.buckets import Bucket
 from weft.data.manifest import IMAGE_ENDINGS, VIDEO_ENDINGS, Media
@@ -53,12 +53,27 @@ class Clip:
         return self.bucket is not None and self.verdict in ("kept", "trimmed") and self.split != "other share"
 
 
+class Wanted(Protocol):
+    """What a store keeps the encodings of: clips at a rate and in a geometry, and texts."""
+
+    @property
+    def geometry(self) -> VideoGeometry: ...
+    @property
+    def fps(self) -> float: ...
+    @property
+    def usable(self) -> Sequence[Clip]: ...
+    @property
+    def texts(self) -> Iterable[str]:
+        """All that a batch may be told, the empty caption aside; a text may come more than once."""
+        ...
+
+
 @dataclass(frozen=True)
 class Survey:
     """All items of the sources in the order of the sources. fps: the rate that they are resampled to.
 
     latent_frames: lengths that a batch may be cut to. notices: what the user should know. problems: what the config
-    refuses in these clips, each a sentence.
+    refuses in these clips, each a sentence. beside: texts that every batch tells beside the captions.
     """
 
     clips: tuple[Clip, ...]
@@ -67,6 +82,16 @@ class Survey:
     latent_frames: tuple[int, ...] = ()
     notices: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+
+    def telling(self, beside: Mapping[str, str]) -> "Survey":
+        """The same survey, whose batches tell these texts too."""
+        return replace(self, beside=tuple(beside.values()))
+
+    @property
+    def texts(self) -> Iterable[str]:
+        """The captions of the usable clips, and what is told beside them."""
+        return (*(caption for clip in self.usable for caption in clip.captions), *self.beside)
 
     @property
     def usable(self) -> tuple[Clip, ...]:

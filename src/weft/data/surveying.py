@@ -1,6 +1,5 @@
 """Look into every clip of the sources, before any weight is read."""
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 from weft.data import musubi
 from weft.data.buckets import Buckets
 from weft.data.manifest import Entry, read_source
+from weft.data.share import of_others, shuffled
 from weft.data.survey import Clip, Survey, named
 from weft.data.verdicts import Asked, is_too_short, items_of
 from weft.errors import ConfigError, DataError
@@ -182,28 +182,16 @@ def _held_out(clips: list[Clip], count: int) -> list[Clip]:
     for clip in clips:
         if clip.usable and clip.split == "train":
             names.setdefault(files[clip.path], clip.name)
-    chosen = set(_shuffled(names.values())[:count])
+    chosen = set(shuffled(names.values())[:count])
     held = {file for file, name in names.items() if name in chosen}
     return [replace(clip, split="validation") if files[clip.path] in held else clip for clip in clips]
 
 
 def _shared(clips: list[Clip], share: tuple[int, int] | None) -> list[Clip]:
-    """The items, where those that other processes train on are marked.
-
-    Counted in a shuffled order: in their own, the first windows of all clips could fall to one process.
-    """
-    if share is None:
-        return clips
-    own, of = share
-    trained = _shuffled(clip.key for clip in clips if clip.usable and clip.split == "train")
-    others = {key for place, key in enumerate(trained) if place % of != own}
+    """The items, where those that other processes train on are marked."""
+    others = of_others([clip.key for clip in clips if clip.usable and clip.split == "train"], share)
     told = "Another share trains on it."
     return [
         replace(clip, split="other share", reason=f"{clip.reason} {told}") if clip.key in others else clip
         for clip in clips
     ]
-
-
-def _shuffled(keys: Iterable[str]) -> list[str]:
-    """Keys in the order of their hashes: without a pattern, and always the same."""
-    return sorted(keys, key=lambda key: hashlib.sha256(key.encode()).digest())

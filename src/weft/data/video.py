@@ -4,9 +4,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from weft.data.buckets import Buckets
+from weft.data.share import Share
 from weft.data.windows import Extraction, Head
 from weft.events import Notice
 from weft.geometry import VideoGeometry
@@ -53,6 +54,7 @@ class VideoData(Section):
     """Captioned videos and images for a video model."""
 
     medium: ClassVar[Literal["video"]] = "video"
+    has_latents: ClassVar[bool] = True  # its batches hold what is learned from, not captions alone
     kind: Literal["video"] = "video"
     sources: tuple[Source, ...] = Field(min_length=1, description="Where the training clips come from; at least one.")
     validation_sources: tuple[Source, ...] = Field(
@@ -63,7 +65,7 @@ class VideoData(Section):
         description="So many usable clips are held out of the sources, with all their windows; a stable hash of the "
         "key chooses them, so that added clips change the choice as little as possible.",
     )
-    share: tuple[NonNegativeInt, PositiveInt] | None = Field(
+    share: Share | None = Field(
         default=None,
         description="[i, n]: train on the i-th of n equal shares of the items, counted from 0, as independent "
         "processes do; validation is the same for all. null trains on all.",
@@ -120,13 +122,6 @@ class VideoData(Section):
         default=1, description="Clips of one bucket that are encoded together when a cache is filled."
     )
 
-    @field_validator("share")
-    @classmethod
-    def _is_a_share(cls, share: tuple[int, int] | None) -> tuple[int, int] | None:
-        if share is not None and share[0] >= share[1]:
-            raise ValueError(f"[i, n] counts from 0, so that i is below n; got {list(share)}")
-        return share
-
     @model_validator(mode="after")
     def _every_source_has_buckets(self) -> "VideoData":
         for name, sources in (("sources", self.sources), ("validation_sources", self.validation_sources)):
@@ -151,12 +146,14 @@ class VideoData(Section):
 
         return survey(self, geometry)
 
-    def store(self, survey: "Survey", identity: Mapping[str, str]) -> "Store":
-        """The place of the survey's latents and texts. identity: fingerprints of the weights, a family's own."""
+    def store(self, survey: "Survey", identity: Mapping[str, str], beside: Mapping[str, str] = {}) -> "Store":
+        """The place of the survey's latents and texts. identity: fingerprints of the weights, a family's own. beside:
+        name -> text that every batch tells beside its captions."""
         from weft.data.filling import Hands
         from weft.data.stores import open_store
 
-        return open_store(self.cache, self.cache_folder, survey, identity, Hands.of(self.workers, self.encoder_batch))
+        hands = Hands.of(self.workers, self.encoder_batch)
+        return open_store(self.cache, self.cache_folder, survey.telling(beside), identity, hands)
 
     def open(
         self,
@@ -167,6 +164,7 @@ class VideoData(Section):
         *,
         seed: int,
         last_step: int,
+        beside: Mapping[str, str] = {},
         name: str = "clips",
     ) -> "VideoDataset":
         """Encode what the cache lacks and return what training draws from. Raises DataError beyond the error budget."""
@@ -174,7 +172,7 @@ class VideoData(Section):
 
         for notice in survey.notices:
             tell(Notice(text=notice))
-        store = self.store(survey, identity)
+        store = self.store(survey, identity, beside)
         usable = filled_survey(survey, store, encoders, tell, self.unreadable)
         draws = Draws(
             batch_size=self.batch_size,
@@ -183,4 +181,4 @@ class VideoData(Section):
             random_frames=self.random_frames,
             latent_frames=usable.latent_frames,
         )
-        return VideoDataset(usable, VideoExperience(name, last_step, usable.train, store, draws), store)
+        return VideoDataset(usable, VideoExperience(name, last_step, usable.train, store, draws, beside), store)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class DeepSpeed(Section):
-    """ZeRO-2 and ZeRO-3 of DeepSpeed, for one network with one adapter. Needs the extra `deepspeed`."""
+    """ZeRO-2 and ZeRO-3 of DeepSpeed, for one network. Needs the extra `deepspeed`."""
 
     # What only kind torch can do, in the words in which the memory ladder asks of every engine.
     stream_blocks: ClassVar[int] = 0
@@ -24,11 +24,11 @@ class DeepSpeed(Section):
     kind: Literal["deepspeed"] = "deepspeed"
     zero: Literal[2, 3] = Field(
         default=2,
-        description="what is spread over all processes: gradients and moments of the adapter (2), or the base's "
+        description="what is spread over all processes: gradients and moments of the adapters (2), or the base's "
         "weights too (3)",
     )
     offload_optimizer: bool = Field(
-        default=False, description="moments and the optimizer's arithmetic in host memory, for the adapter's sake alone"
+        default=False, description="moments and the optimizer's arithmetic in host memory, for the adapters' sake alone"
     )
     offload_parameters: bool = Field(
         default=False, description="with zero: 3, this process's part of the base's weights waits in host memory"
@@ -90,5 +90,5 @@ class DeepSpeed(Section):
                 )
 
     def can(self, layout: Layout) -> frozenset[str]:
-        """What objectives may ask of the engine in a layout, without opening it: it trains one role."""
-        return frozenset()
+        """What objectives may ask of the engine in a layout, without opening it: several roles, no fast weights."""
+        return frozenset({"roles"})

@@ -26,14 +26,14 @@ def recompute(block: nn.Module, entrance: Entrance | None, inputs: Inputs | None
             entrance()
         return forward(*args, **kwargs)
 
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), nullcontext() if entrance is None else entrance.again()
+    # torch.compile takes no such contexts of ours, so they are not named where there are none.
+    around = {} if entrance is None else {"context_fn": lambda: (nullcontext(), entrance.again())}
 
     def recomputed(*args: Any, **kwargs: Any) -> Any:
         # Not reentrant: a frozen base gives inputs without gradients, and reentrant recomputation would then return
         # no gradient to the adapters, silently.
         with nullcontext() if inputs is None else inputs.around():
-            output = checkpoint(run, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+            output = checkpoint(run, *args, use_reentrant=False, **around, **kwargs)
         if inputs is not None:
             inputs.note(output)
         return output

@@ -152,10 +152,10 @@ class ShardedEngine(SingleEngine):
         """All networks stay on the devices, each in shards."""
         return lambda name: None
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
+    def backward(self, loss: Tensor, *, last: bool, optimizers: Sequence[str] = ()) -> None:
         for root in self.roots:
             root.set_requires_gradient_sync(last)
-        super().backward(loss, last=last)
+        super().backward(loss, last=last, optimizers=optimizers)
 
     def gradients(self, optimizer: Optimizer) -> list[Tensor]:
         return parts_of_gradients(optimizer)

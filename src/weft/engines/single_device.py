@@ -170,7 +170,7 @@ class SingleEngine:
     def close(self) -> None:
         self.processes.close()
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
+    def backward(self, loss: Tensor, *, last: bool, optimizers: Sequence[str] = ()) -> None:
         self.scaler.scale(loss).backward()
 
     def step(self, optimizer: Optimizer, max_norm: float) -> Stepped:

@@ -1,6 +1,7 @@
-"""DeepSpeed's ZeRO behind the engine's contract: one network, one optimizer, gradients summed over all processes."""
+"""DeepSpeed's ZeRO behind the engine's contract: one network, gradients summed over all processes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,15 +12,19 @@ from weft.contracts import Berth, Stepped
 from weft.engines.processes import Together
 from weft.engines.residency import Residence
 from weft.engines.single_device import SingleEngine
-from weft.engines.zero_optimizer import Shares2, Shares3, ZeroOptimizer
+from weft.engines.zero_optimizer import ZeroOptimizer
 from weft.engines.zero_setup import Zero, library
-from weft.engines.zero_weights import Cut, Whole, refuse_until_owned, spread
+from weft.engines.zero_weights import Cut, Gathering, refuse_until_owned, spread
 from weft.errors import ConfigError
 
 
 class ZeroEngine(SingleEngine):
-    """ZeRO-2 or ZeRO-3. DeepSpeed has the backward pass's sums, the clipping and the optimizer's step; precision, loss
+    """ZeRO-2 or ZeRO-3. DeepSpeed has the backward pass's sums, the clipping and the optimizers' steps; precision, loss
     scaling and the guard of each step are as on one device. Private names of DeepSpeed are those of 0.19.
+
+    Each optimizer has an engine of DeepSpeed's for itself, which knows of its own parameters alone (ZeRO-2); under
+    ZeRO-3 the base has DeepSpeed's gathering of weights besides. DeepSpeed's own ZeRO-3 optimizer would have all
+    adapters in one: there a step of one role is a step of all, with zeros for gradients.
     """
 
     processes: Together
@@ -28,11 +33,11 @@ class ZeroEngine(SingleEngine):
         self, device: torch.device, precision: str, residence: Residence, processes: Together, zero: Zero
     ) -> None:
         super().__init__(device, precision, residence, processes)
-        self.can = frozenset()
+        self.can = frozenset({"roles"})
         self.zero = zero
         self.cut = Cut(self.rank, self.world, device)
-        self.deepspeed: Any = None  # its engine, once it owns the optimizer
-        self.whole: Whole | None = None
+        self.owned: dict[str, ZeroOptimizer] = {}  # each moved by an engine of DeepSpeed's
+        self.gathering: Gathering | None = None
         self._outside: list[nn.Parameter] = []  # frozen, of no block
         self._let_in: Callable[[], None] = lambda: None
         # What torch's loss scaler looks at in place of the gradients, which lie in DeepSpeed's own buffers.
@@ -60,64 +65,51 @@ class ZeroEngine(SingleEngine):
         raise AssertionError("a second network was refused at its berth")
 
     def own(self, network: nn.Module, optimizers: dict[str, Optimizer]) -> dict[str, Optimizer]:
-        """Raises ConfigError for several optimizers, or one that ZeRO would change."""
-        if len(optimizers) != 1:
-            raise ConfigError(
-                f"engine.kind: 'deepspeed' moves one optimizer, and this objective has {len(optimizers)}: "
-                f"{', '.join(optimizers)}. Write engine.kind=torch."
-            )
-        ((name, given),) = optimizers.items()
-        optimizer = ZeroOptimizer(given)
-        parameters = optimizer.parameters
+        """Raises ConfigError for an optimizer that ZeRO would change."""
+        self.owned = {name: ZeroOptimizer(given) for name, given in optimizers.items()}
         self._let_in()
-        # Of a replicated base it is not told: it would send the whole of it from rank 0 to the others.
-        trained = network if self.zero.stage == 3 else nn.ParameterList(parameters)
-        deepspeed = library(self.device)
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=trained, optimizer=given, dist_init_required=False,
-            config=self.zero.config([p.numel() for p in parameters], self.device),
-        )  # fmt: skip
-        inside = self.deepspeed.optimizer
         if self.zero.stage == 3:
-            self.whole = Whole(parameters)
-            for parameter in self._outside:
-                # There through the whole forward pass: a head's weight may be read without asking the head.
-                deepspeed.zero.register_external_parameter(network, parameter)
-        optimizer.shares = Shares3(inside) if self.zero.stage == 3 else Shares2(inside)
-        return {name: optimizer}
+            self.gathering = Gathering(network, self._outside, self.zero, self.device)
+        deepspeed = library(self.device)
+        for optimizer in self.owned.values():
+            # Of the base it is not told: it would send the whole of it from rank 0 to the others.
+            engine, *_ = deepspeed.initialize(
+                model=nn.ParameterList(optimizer.parameters), optimizer=optimizer.inner, dist_init_required=False,
+                config=self.zero.config([p.numel() for p in optimizer.parameters], self.device),
+            )  # fmt: skip
+            optimizer.taken_over(engine)
+        return dict(self.owned)
 
     # ---- A step ----------------------------------------------------------------------------------------------------
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
+    def backward(self, loss: Tensor, *, last: bool, optimizers: Sequence[str] = ()) -> None:
         """The gradients' mean over processes is formed at once; `step` makes a sum of it."""
-        self.deepspeed.set_gradient_accumulation_boundary(last)
-        self.deepspeed.optimizer.clear_backward_seen_flag()  # these two are what its own forward would do
-        self.deepspeed._backward_prologue()
-        self.deepspeed.backward(self.scaler.scale(loss), scale_wrt_gas=False)
+        with ExitStack() as stack:
+            for name in optimizers or self.owned:
+                stack.enter_context(reducing(self.owned[name].deepspeed, last))
+            self.scaler.scale(loss).backward()
+        if self.gathering is not None:
+            self.gathering.after_backward()
 
     def step(self, optimizer: Optimizer, max_norm: float) -> Stepped:
         assert isinstance(optimizer, ZeroOptimizer)
-        inside = self.deepspeed.optimizer
-        self.adopt()
+        engine = optimizer.deepspeed
+        inside = engine.optimizer
+        # ZeRO's own fp32 copies become what the adapters now are: they may have been loaded, or shrunk meanwhile.
+        inside.refresh_fp32_params()
         optimizer.hand_on()
         inside.clip_grad = max_norm
         # It divides by its loss scale: by ours, and by 1 / world, for a sum in place of its mean.
         inside.loss_scaler.cur_scale = self.scaler.get_scale() / self.world
-        self.deepspeed.step()
+        engine.step()
         inside.loss_scaler.cur_scale = 1.0
-        if self.whole is not None:
-            self.whole.gather()
+        if self.gathering is not None:
+            self.gathering.after_step()
         moved = not inside.overflow
-        norm = float(self.deepspeed.get_global_grad_norm())
+        norm = float(engine.get_global_grad_norm())
         overflow = not moved and self.scaler.is_enabled()
         self._note(moved)
         return Stepped(norm=norm, moved=moved, overflow=overflow)
-
-    def adopt(self) -> None:
-        """Let ZeRO's own fp32 copies be what the adapters now are: they may have been loaded, or shrunk meanwhile."""
-        if self.whole is not None:
-            self.whole.adopt()
-        self.deepspeed.optimizer.refresh_fp32_params()
 
     def _note(self, finite: bool) -> None:
         """Tell the loss scaler whether the gradient was finite."""
@@ -127,6 +119,22 @@ class ZeroEngine(SingleEngine):
         self.scaler.update()
 
     def close(self) -> None:
-        if self.deepspeed is not None:
-            self.deepspeed.destroy()
+        for optimizer in self.owned.values():
+            optimizer.deepspeed.destroy()
+        if self.gathering is not None:
+            self.gathering.end()
         super().close()
+
+
+@contextmanager
+def reducing(engine: Any, last: bool) -> Iterator[None]:
+    """Let an engine of DeepSpeed's spread the gradients of the backward pass inside; last: of a step."""
+    engine.set_gradient_accumulation_boundary(last)
+    engine.optimizer.clear_backward_seen_flag()  # these two are what its own forward would do
+    engine._backward_prologue()
+    engine._running_engine_backward = True  # else a hook would end it as well
+    try:
+        yield
+        engine._backward_epilogue()
+    finally:
+        engine._running_engine_backward = False

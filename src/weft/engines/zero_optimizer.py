@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,62 +26,28 @@ class Share:
     length: int
 
 
-class Shares(Protocol):
-    """What ZeRO-2 and ZeRO-3 do each in its own way."""
-
-    def flats(self) -> list[Tensor]:
-        """What the inner optimizer moves in this process."""
-        ...
-
-    def flat_of(self, parameter: nn.Parameter) -> Tensor:
-        """The one in which a parameter's part lies, or would lie if this process had one."""
-        ...
-
-    def of(self, parameter: nn.Parameter) -> Share | None: ...
-
-
-class Shares2:
-    """ZeRO-2 lays all parameters of a group end to end, and cuts that."""
+class Shares:
+    """How ZeRO-2 spreads parameters: those of a group are laid end to end, and that is cut."""
 
     def __init__(self, zero: Any) -> None:
         self.zero = zero
         self.group = {id(p): i for i, group in enumerate(zero.bit16_groups) for p in group}
 
     def flats(self) -> list[Tensor]:
+        """What the inner optimizer moves in this process."""
         return list(self.zero.single_partition_of_fp32_groups)
 
     def flat_of(self, parameter: nn.Parameter) -> Tensor:
+        """The one in which a parameter's part lies, or would lie if this process had one."""
         return self.flats()[self.group[id(parameter)]]
 
     def of(self, parameter: Any) -> Share | None:
+        """This process's part of a parameter, if it has one."""
         found = parameter._hp_mapping
         if found is None:
             return None
         inside, outside = found.hp_fragment_address, found.lp_fragment_address
         return Share(self.flat_of(parameter), inside.start, outside.start, inside.numel)
-
-
-class Shares3:
-    """ZeRO-3 cuts each parameter, and lays this process's parts of a group end to end."""
-
-    def __init__(self, zero: Any) -> None:
-        self.zero = zero
-
-    def flats(self) -> list[Tensor]:
-        return list(self.zero.fp32_partitioned_groups_flat)
-
-    def _position(self, parameter: nn.Parameter) -> tuple[int, int, int]:
-        """(number of the flat tensor, first number in it, numbers with padding)."""
-        return self.zero.grad_position[self.zero.get_param_id(parameter)]
-
-    def flat_of(self, parameter: nn.Parameter) -> Tensor:
-        return self.flats()[self._position(parameter)[0]]
-
-    def of(self, parameter: Any) -> Share | None:
-        number, begin_flat, length = self._position(parameter)
-        begin = length * parameter.ds_zero_partition_rank
-        length = min(length, parameter.numel() - begin)
-        return Share(self.flats()[number], int(begin_flat), begin, length) if length > 0 else None
 
 
 class ZeroOptimizer(Optimizer):
@@ -101,7 +67,12 @@ class ZeroOptimizer(Optimizer):
             )
         super().__init__([dict(group) for group in given.param_groups], dict(given.defaults))
         self.inner = given
+        self.deepspeed: Any = None  # the engine that moves it
         self.shares: Shares | None = None  # known once DeepSpeed has taken over
+
+    def taken_over(self, deepspeed: Any) -> None:
+        """Note the engine that moves the parameters from now on."""
+        self.deepspeed, self.shares = deepspeed, Shares(deepspeed.optimizer)
 
     def step(self, closure: Any = None) -> None:
         raise AssertionError("ZeRO's optimizer is moved by its engine")

@@ -16,6 +16,13 @@ from weft.engines.processes import BACKENDS, Place, Together, join
 from weft.errors import ConfigError
 
 BUCKET = 1 << 26  # numbers of gradient that are summed at once at most: 256 MiB
+COMMON = {
+    "train_micro_batch_size_per_gpu": 1,  # the loop knows what is summed, and divides by itself
+    "gradient_accumulation_steps": 1,
+    "communication_data_type": "fp32",
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+}
 
 
 @dataclass(frozen=True)
@@ -29,25 +36,25 @@ class Zero:
     pinned: bool = True
 
     def config(self, sizes: list[int], device: torch.device) -> dict[str, Any]:
-        """DeepSpeed's config for training parameters of these sizes. It computes in fp32 as far as it knows: adapters
-        are fp32, and autocast stands around the forward pass."""
+        """DeepSpeed's config of an optimizer of parameters of these sizes, whose gradients and moments it spreads. It
+        computes in fp32 as far as it knows: adapters are fp32, and autocast stands around the forward pass."""
         bucket = max(max(sizes), min(sum(sizes), BUCKET))
-        memory = {"device": "cpu", "pin_memory": self.pinned and device.type == "cuda"}
         spread: dict[str, Any] = {
-            "stage": self.stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket, "overlap_comm": False,
+            "stage": 2, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket, "overlap_comm": False,
         }  # fmt: skip
         if self.offload_optimizer:
-            spread["offload_optimizer"] = memory
+            spread["offload_optimizer"] = self._host(device)
+        return {**COMMON, "zero_optimization": spread}
+
+    def weights_config(self, device: torch.device) -> dict[str, Any]:
+        """DeepSpeed's config of a base whose weights it spreads."""
+        spread: dict[str, Any] = {"stage": 3, "overlap_comm": False}
         if self.offload_parameters:
-            spread["offload_param"] = memory
-        return {
-            "train_micro_batch_size_per_gpu": 1,  # the loop knows what is summed, and divides by itself
-            "gradient_accumulation_steps": 1,
-            "communication_data_type": "fp32",
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "zero_optimization": spread,
-        }
+            spread["offload_param"] = self._host(device)
+        return {**COMMON, "zero_optimization": spread}
+
+    def _host(self, device: torch.device) -> dict[str, Any]:
+        return {"device": "cpu", "pin_memory": self.pinned and device.type == "cuda"}
 
 
 def library(device: torch.device) -> Any:

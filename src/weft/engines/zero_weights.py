@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -9,6 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from weft.engines.zero_setup import Zero, library
+
+# Numbers of a weight that stays together once it was gathered, as norms and biases do: DeepSpeed's own choice.
+KEPT = 100_000
 
 
 @dataclass
@@ -46,18 +50,24 @@ class Cut:
 
 @torch.no_grad()
 def spread(network: nn.Module, cut: Cut, zero: Zero) -> None:
-    """Make each frozen parameter of a network one of ZeRO-3's, with this process's part of it."""
+    """Make each parameter of a network one of ZeRO-3's: of a frozen one each process keeps its part; the others stay
+    whole, so that whoever moves, reads or changes an adapter need not know of ZeRO."""
     deepspeed = library(cut.device)
-    frozen: list[Any] = [p for p in network.parameters() if not p.requires_grad]
     # Without its own linear function, which it would put into torch itself for the rest of the process.
     init: Any = deepspeed.zero.Init(
-        config_dict_or_path=zero.config([1], cut.device), mem_efficient_linear=False, enabled=True
+        config_dict_or_path=zero.weights_config(cut.device), mem_efficient_linear=False, enabled=True
     )
-    for parameter in frozen:
-        part = cut.part_of(parameter)
+    parameters: list[Any] = list(network.parameters())
+    for parameter in parameters:
+        part = None if parameter.requires_grad else cut.part_of(parameter)
         if part is None:
             parameter.data = parameter.data.to(cut.device)
         init._convert_to_deepspeed_param(parameter)
+        if parameter.requires_grad:
+            # The one keeps it from being taken apart between modules once DeepSpeed has seen a whole pass, the other
+            # before that.
+            parameter.ds_persist = parameter.is_external_param = True
+            continue
         parameter.partition()
         if part is not None and part.device == parameter.ds_tensor.device and not parameter.ds_tensor.is_pinned():
             parameter.ds_tensor.data = part  # the memory that it lies in already
@@ -79,30 +89,52 @@ def joined(part: Tensor, shape: Sequence[int], cut: Cut) -> Tensor:
     return whole[:numbers].view(*shape)
 
 
-class Whole:
-    """Adapters under ZeRO-3: their moments and gradients are spread, they themselves stay whole in every process, so
-    that whoever reads or changes them need not know of ZeRO."""
+class Gathering:
+    """DeepSpeed's hooks that put a module's spread weights together before it runs, forward and backward, and take them
+    apart afterwards. outside: frozen parameters of no block, there through a whole forward pass."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.parameters: list[Any] = list(parameters)
-        for parameter in self.parameters:
-            # The one keeps them from being given back between modules once DeepSpeed has seen a whole pass, the other
-            # before that.
-            parameter.ds_persist = parameter.is_external_param = True
-        self.gather()
+    def __init__(self, network: nn.Module, outside: Sequence[nn.Parameter], zero: Zero, device: torch.device) -> None:
+        deepspeed = library(device)
+        self.modules = list(network.modules())
+        self.frozen: list[Any] = [p for p in network.parameters() if not p.requires_grad]
+        self._remaining: list[int] | None = None
+        # Before its hooks and after them.
+        network.register_forward_pre_hook(self._note_remaining)
+        offload: Any = import_module("deepspeed.runtime.zero.parameter_offload").DeepSpeedZeRoOffload
+        self.offload = offload(
+            network, import_module("deepspeed.utils.timer").NoopTimer(), zero.weights_config(device),
+            overlap_comm=False, param_persistence_threshold=KEPT,
+        )  # fmt: skip
+        network.register_forward_hook(self._restore_remaining, always_call=True)
+        for parameter in outside:
+            # A head's weight may be read without asking the head.
+            deepspeed.zero.register_external_parameter(network, parameter)
 
-    def gather(self) -> None:
-        """Put together what DeepSpeed has taken apart for a step."""
-        self.parameters[0].all_gather(self.parameters)
+    def _note_remaining(self, network: nn.Module, inputs: object) -> None:
+        """A question without gradients, asked while a graph waits for its backward pass, must not change the counts by
+        which that pass knows that a module is done: all weights that it gathers would stay until its end."""
+        if not torch.is_grad_enabled():
+            self._remaining = [vars(module).get("ds_grads_remaining", 0) for module in self.modules]
 
-    @torch.no_grad()
-    def adopt(self) -> None:
-        """Let this process's parts be what the whole tensors now are: they may have been loaded, or shrunk."""
-        for parameter in self.parameters:
-            length = parameter.ds_tensor.numel()
-            begin = length * parameter.ds_zero_partition_rank
-            part = parameter.data.reshape(-1)[begin : begin + length]
-            parameter.ds_tensor[: len(part)].copy_(part)
+    def _restore_remaining(self, network: nn.Module, inputs: object, output: object) -> None:
+        if self._remaining is not None:
+            for module, count in zip(self.modules, self._remaining, strict=True):
+                vars(module)["ds_grads_remaining"] = count
+        self._remaining = None
+
+    def after_backward(self) -> None:
+        """Take apart the weights of modules that have not noticed that their backward pass is over."""
+        self.offload.release_backward_leftovers()
+
+    def after_step(self) -> None:
+        """Take apart what was gathered for a pass that went another way than the one before. No graph may wait."""
+        for parameter in self.frozen:
+            if parameter.ds_status.name == "AVAILABLE" and not parameter.ds_persist:
+                parameter.ds_active_sub_modules.clear()
+                parameter.partition()
+
+    def end(self) -> None:
+        self.offload.destroy()
 
 
 def refuse_until_owned(network: nn.Module) -> Callable[[], None]:

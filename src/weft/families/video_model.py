@@ -171,6 +171,14 @@ class VideoModel(Section):
             config[key] = self.shift
         return scheduler.from_config(config)
 
+    @cached_property
+    def flow_shift(self) -> float:
+        """How far the sampler moves times toward noise; 1 for one that does not."""
+        if self.shift is not None:
+            return self.shift
+        config = self.checkpoint.config("scheduler")
+        return float(config.get("flow_shift") or config.get("shift") or 1.0)
+
     def sampler(self, steps: int, device: "torch.device") -> Any:
         """A scheduler whose timesteps are set as the model's own pipeline sets them."""
         scheduler = self.scheduler()

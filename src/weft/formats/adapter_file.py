@@ -7,9 +7,12 @@ from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from weft.few_steps import StepList
+
 if TYPE_CHECKING:
     from torch import Tensor
 
+STEP_LIST = "weft.step_list"  # in the metadata of a few-step student: the times at which it is asked, as JSON
 A, B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 
 # Ends of the canonical tensor names of each kind, the one first that every adapted layer has; LoKr has two such.
@@ -33,7 +36,7 @@ class SavedAdapter:
     rslora: bool = False
     dora: bool = False
     targets: tuple[str, ...] = ()  # paths of the adapted layers; empty: those that tensors name
-    metadata: Mapping[str, str] = field(default_factory=dict)  # provenance, never needed to compute
+    metadata: Mapping[str, str] = field(default_factory=dict)  # provenance, never needed to compute a layer's change
     kind: str = "lora"  # lora, loha, lokr or oft
     conv_rank: int | None = None  # of convolutions, whose A is (rank, in, *kernel) and B (out, rank, 1, ...)
     conv_alpha: float | None = None
@@ -55,6 +58,11 @@ class SavedAdapter:
     def paths(self) -> tuple[str, ...]:
         """Paths of the adapted layers."""
         return self.targets or paths_in(self.tensors)
+
+    @property
+    def step_list(self) -> StepList | None:
+        """The times at which a few-step student is asked; None for an adapter that is none. Raises ValueError."""
+        return StepList.from_json(self.metadata[STEP_LIST]) if STEP_LIST in self.metadata else None
 
     def scale_at(self, path: str) -> float:
         """The factor before B A of a LoRA's layer."""

@@ -73,6 +73,8 @@ class FlowMatching(Section):
     """Mean squared error of the velocity at random times."""
 
     medium: ClassVar[Literal["video"]] = "video"
+    parts: ClassVar[tuple[str, ...]] = ()  # that `roles` may give something of their own
+    data_free: ClassVar[bool] = False  # whether captions alone may do
     kind: Literal["flow-matching"] = "flow-matching"
     timesteps: Annotated[Uniform | Sigmoid | LogitNormal | Shift, Field(discriminator="kind")] = Field(
         default_factory=Shift, description="density of the training times"
@@ -150,6 +152,11 @@ class FlowMatching(Section):
 
     def shown(self, experts: "Sequence[Expert]") -> tuple[str, ...]:
         return self.roles(experts)
+
+    @property
+    def texts(self) -> "Mapping[str, str]":
+        """Captions say all."""
+        return {}
 
     @property
     def needs(self) -> frozenset[str]:

@@ -1,6 +1,6 @@
 """Next-token prediction: the sum of -log p over the tokens that are learned."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from weft.section import Section
@@ -16,6 +16,8 @@ class NextToken(Section):
     """Cross-entropy of the tokens that the data marks as learned, each of them counted alike."""
 
     medium: ClassVar[Literal["text"]] = "text"
+    parts: ClassVar[tuple[str, ...]] = ()  # that `roles` may give something of their own
+    data_free: ClassVar[bool] = False  # whether captions alone may do
     kind: Literal["next-token"] = "next-token"
 
     def check(self, family: "ModelFamily") -> None:
@@ -33,6 +35,11 @@ class NextToken(Section):
 
     def shown(self, experts: "Sequence[Expert]") -> tuple[str, ...]:
         return self.roles(experts)
+
+    @property
+    def texts(self) -> "Mapping[str, str]":
+        """Captions say all."""
+        return {}
 
     @property
     def needs(self) -> frozenset[str]:

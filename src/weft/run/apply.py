@@ -15,15 +15,19 @@ from weft.adapters.recipe import recipe_of
 from weft.contracts import DEFAULT, Adapters, Encoders, Engine, Model, ModelFamily, as_video
 from weft.errors import ConfigError, ModelError
 from weft.families.causal_lm import is_language_model
-from weft.formats.adapter_file import SavedAdapter
+from weft.few_steps import StepList
+from weft.formats.adapter_file import STEP_LIST, SavedAdapter
 from weft.formats.canonical import at_strength
 from weft.formats.reading import read_adapter
 from weft.run.assemble import adapter_folder, joined
+from weft.run.summed import Part, common_step_list, refuse_without_sum, summed
+
+OF_RUN = ("weft.config", "weft.data")  # what the headers of all states of one run say alike
 
 
 @dataclass(frozen=True)
 class Applied:
-    """A base with adapters on it. config: of the run that made the first one, empty when the file does not say.
+    """A base with adapters on it. config: of the run that made the first one whose file says so, else empty.
 
     trained_here: False when an adapter's header names other base weights than these.
     """
@@ -50,24 +54,32 @@ class Applied:
 @dataclass(frozen=True)
 class Chosen:
     """Adapters, and the family of the base that they go on: what is known before weights are read. source: of the base,
-    where another one was named than the adapters were trained on."""
+    where another one was named than the adapters were trained on. step_list: the times at which the few-step students
+    among them are asked; None when none is one."""
 
     found: Sequence["Found"]
     family: Any
     source: str | None
+    step_list: StepList | None = None
 
     @property
     def config(self) -> Mapping[str, Any]:
-        return self.found[0].config
+        return config_of(self.found)
+
+    @property
+    def students(self) -> tuple[str, ...]:
+        """The networks that answer in few steps."""
+        return tuple(dict.fromkeys(one.expert for one in self.found if STEP_LIST in one.adapter.metadata))
 
 
 @dataclass(frozen=True)
 class Found:
-    """An adapter that was read. expert: the network that it belongs to."""
+    """An adapter that was read. expert: the network that it belongs to. strength: of its change; 1 is as trained."""
 
     path: Path
     adapter: SavedAdapter
     expert: str
+    strength: float = 1.0
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -75,23 +87,51 @@ class Found:
         return json.loads(self.adapter.metadata.get("weft.config", "{}"))
 
 
-def find_adapters(paths: Sequence[Path]) -> list[Found]:
-    """The adapters at paths; of a run's folder those of all its experts. Raises ModelError when two are for one."""
+def find_adapters(paths: Sequence[Path], strengths: Sequence[float]) -> list[Found]:
+    """The adapters at paths, each with the strength of its path; of a run's folder those of all its experts.
+
+    Several may be for one network. Raises ModelError for those whose changes cannot be added up.
+    """
     found = []
-    for path in paths:
+    for path, strength in zip(paths, strengths, strict=True):
         inside = [path / adapter_folder("adapter", name) for name in (DEFAULT.name, "high", "low")]
         for folder in [folder for folder in inside if folder.is_dir()] or [path]:
             adapter = read_adapter(folder)
-            found.append(Found(folder, adapter, adapter.metadata.get("weft.expert", DEFAULT.name)))
-    experts = [one.expert for one in found]
-    twice = [one for one in found if experts.count(one.expert) > 1]
-    if twice:
-        raise ModelError(
-            f"{twice[0].path} and {twice[1].path} are both for "
-            f"{'the same network' if twice[0].expert == DEFAULT.name else 'expert ' + twice[0].expert}. Give one, or "
-            "make one of them: weft merge --average."
-        )
+            found.append(Found(folder, adapter, adapter.metadata.get("weft.expert", DEFAULT.name), strength))
+    for together in by_expert(found).values():
+        refuse_twice(together)
+        if len(together) > 1:
+            refuse_without_sum(parts_of(together))
     return found
+
+
+def by_expert(found: Sequence[Found]) -> dict[str, list[Found]]:
+    """Those that are for one network, in the order that they were named in."""
+    names = dict.fromkeys(one.expert for one in found)
+    return {name: [one for one in found if one.expert == name] for name in names}
+
+
+def refuse_twice(together: Sequence[Found]) -> None:
+    """Raises ModelError for two states of one run on one network: their sum would be its change twice."""
+    for i, one in enumerate(together):
+        for other in together[:i]:
+            ours, theirs = one.adapter.metadata, other.adapter.metadata
+            merged = "weft.merged" in {**ours, **theirs}  # keeps the config of its first parent, and is another
+            if one.config and not merged and all(ours.get(key) == theirs.get(key) for key in OF_RUN):
+                where = "the same network" if one.expert == DEFAULT.name else f"expert {one.expert}"
+                raise ModelError(
+                    f"{other.path} and {one.path} are both for {where} and of one run, so that what it learned would "
+                    "count twice. Give one of them."
+                )
+
+
+def parts_of(together: Sequence[Found]) -> list[Part]:
+    return [Part(one.path, one.adapter, one.strength) for one in together]
+
+
+def config_of(found: Sequence[Found]) -> Mapping[str, Any]:
+    """Of the first that says how it was made."""
+    return next((one.config for one in found if one.config), {})
 
 
 def base_family(config: Mapping[str, Any], source: str | None) -> Any:
@@ -117,64 +157,77 @@ def trained_family(config: Mapping[str, Any], source: str | None) -> Any:
     return plugins.section_types("family")[facts["kind"]](**facts)
 
 
-def choose(paths: Sequence[Path], source: str | None) -> Chosen:
-    """Read adapters, and tell their base. Raises WeftError."""
-    found = find_adapters(paths)
-    return Chosen(found, base_family(found[0].config, source), source)
-
-
-def apply_adapters(paths: Sequence[Path], source: str | None, device: str, precision: str, strength: float) -> Applied:
-    """Load the base, put adapters on it at a strength (1: as trained), in eval mode. Raises WeftError."""
-    return apply_chosen(choose(paths, source), device, precision, strength)
-
-
-def apply_chosen(chosen: Chosen, device: str, precision: str, strength: float) -> Applied:
-    """The same with adapters that were read."""
-    for one in chosen.found:
-        if (one.adapter.dora or one.adapter.kind == "oft") and strength != 1:
+def choose(paths: Sequence[Path], source: str | None, strength: float | Sequence[float] = 1.0) -> Chosen:
+    """Read adapters, and tell their base. strength: one for all, or one for each path. Raises WeftError."""
+    strengths = [strength] * len(paths) if isinstance(strength, (int, float)) else strength
+    found = find_adapters(paths, strengths)
+    for one in found:
+        if (one.adapter.dora or one.adapter.kind == "oft") and one.strength != 1:
             name = "a DoRA" if one.adapter.dora else "an OFT"
             raise ConfigError(f"--strength: {one.path} is {name}, no multiple of whose weights is a weaker one.")
+    steps = common_step_list([(one.path, one.adapter) for one in found])
+    return Chosen(found, base_family(config_of(found), source), source, steps)
+
+
+def apply_adapters(
+    paths: Sequence[Path], source: str | None, device: str, precision: str, strength: float | Sequence[float]
+) -> Applied:
+    """Load the base, put adapters on it at a strength (1: as trained), in eval mode. Raises WeftError."""
+    return apply_chosen(choose(paths, source, strength), device, precision)
+
+
+def apply_chosen(chosen: Chosen, device: str, precision: str) -> Applied:
+    """The same with adapters that were read."""
     engine = plugins.find("engine", "torch")(device=device, precision=precision).open()
-    model = applied_model(chosen.found, chosen.family, engine, strength)
-    trained_here = all(is_trained_on(one, chosen.source) for one in chosen.found)
-    return Applied(model, engine, chosen.config, trained_here)
+    model = applied_model(chosen.found, chosen.family, engine)
+    return Applied(model, engine, chosen.config, all(is_trained_on(one, chosen) for one in chosen.found))
 
 
-def is_trained_on(one: Found, source: str | None) -> bool:
+def is_trained_on(one: Found, chosen: Chosen) -> bool:
     """Whether an adapter's header names the base weights that are there now; True where it names none."""
     base = one.adapter.metadata.get("weft.base")
-    return base is None or not one.config or base == trained_family(one.config, source).identity()["network"]
+    if base is None or not one.config:
+        return True
+    # What is compared are the networks that this adapter was trained on, and those of the base that it now goes on.
+    expert = {key: value for key, value in one.config["family"].items() if key == "expert"}
+    there = {"family": {**chosen.config["family"], **expert}}
+    return base == trained_family(there, chosen.source).identity()["network"]
 
 
-def applied_model(found: Sequence[Found], family: ModelFamily, engine: Engine, strength: float) -> Model:
-    """All networks of a family, those with an adapter under it. Raises ModelError for an adapter without a network."""
+def applied_model(found: Sequence[Found], family: ModelFamily, engine: Engine) -> Model:
+    """All networks of a family, those with adapters under the sum of them. Raises ModelError for an adapter without a
+    network."""
     names = [expert.name for expert in family.all_experts]
     for one in found:
         if one.expert not in names:
             known = "has one network" if names == [DEFAULT.name] else f"has the experts {' and '.join(names)}"
             raise ModelError(f"{one.path} is for expert '{one.expert}', but this model {known}. Name another --base.")
-    by_expert = {one.expert: one for one in found}
+    together = by_expert(found)
     networks: dict[str, nn.Module] = {}
     adapters: dict[str, Adapters] = {}
     for number, name in enumerate(names):
         network = family.load(engine.precision, name, engine.berth(number))
-        if name in by_expert:
-            adapters[name] = attached(by_expert[name], network, strength)
+        if name in together:
+            adapters[name] = attached(together[name], network)
         networks[name] = engine.place(network, family.blocks(network)).eval()
     return joined(networks, adapters, engine, family)
 
 
-def attached(one: Found, network: nn.Module, strength: float) -> Adapters:
-    """An adapter on its network. Raises ModelError when that has not the layers that it changes."""
-    adapter = one.adapter
-    paths = adapter.paths
+def attached(together: Sequence[Found], network: nn.Module) -> Adapters:
+    """One adapter on a network, which is the sum of those that are for it. Raises ModelError when the network has not
+    the layers that one of them changes."""
     modules = {name for name, _ in network.named_modules()}
-    strange = [path for path in paths if path not in modules]
-    if strange:
-        raise ModelError(
-            f"{one.path}: this base has no '{strange[0]}', which the adapter changes, nor {len(strange) - 1} others. "
-            "It was trained on another model: name that one with --base."
-        )
-    adapters = recipe_of(adapter, paths).attach(network, paths, (one.expert,), seed=0)
-    adapters.load_state_dict(one.expert, at_strength(adapter, strength).tensors)
+    for one in together:
+        strange = [path for path in one.adapter.paths if path not in modules]
+        if strange:
+            raise ModelError(
+                f"{one.path}: this base has no '{strange[0]}', which the adapter changes, nor {len(strange) - 1} "
+                "others. It was trained on another model: name that one with --base."
+            )
+    first = together[0]
+    adapter = at_strength(first.adapter, first.strength)
+    if len(together) > 1:
+        adapter = summed(parts_of(together), {}).adapter
+    adapters = recipe_of(adapter, adapter.paths).attach(network, adapter.paths, (first.expert,), seed=0)
+    adapters.load_state_dict(first.expert, adapter.tensors)
     return adapters

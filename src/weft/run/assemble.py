@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from weft.adapters.attach import Standing, attach
 from weft.adapters.several import SeveralAdapters
 from weft.adapters.targets import TargetReport
 from weft.contracts import DEFAULT, Adapters, Engine, Model, ModelFamily
@@ -20,9 +21,9 @@ from weft.run.learner import Learner, MovingAverage
 from weft.run.pace import Pace
 
 
-def target_report(config: RunConfig, network: nn.Module) -> TargetReport:
-    """Which modules the adapter stands on. Raises ConfigError for a pattern that matches nothing."""
-    adapter, family = config.adapter, config.family
+def target_report(config: RunConfig, network: nn.Module, role: str | None = None) -> TargetReport:
+    """Which modules the adapter stands on, or that of a role. Raises ConfigError for a pattern that matches nothing."""
+    adapter, family = config.adapter if role is None else config.adapter_of(role), config.family
     return adapter.match(adapter.layers(network), family.targets, family.aliases)
 
 
@@ -51,11 +52,11 @@ def assemble(config: RunConfig, engine: Engine) -> Learner:
     state = objective.init(model)
 
     def build(name: str, parameters: Mapping[str, nn.Parameter]) -> Optimizer:
-        return config.optimizer.build(parameters, config.adapter.lr_factor)
+        return config.optimizer_of(name).build(parameters, config.adapter_of(name).lr_factor)
 
     optimizers = engine.own(model.network, objective.optimizers(model, state, build))
-    names = objective.roles(family.experts)
-    ema = {role: MovingAverage(config.ema.decay, config.ema.start) for role in names} if config.ema else {}
+    shown = objective.shown(family.experts)
+    ema = {role: MovingAverage(config.ema.decay, config.ema.start) for role in shown} if config.ema else {}
     pace = Pace(objective, family.experts, config.schedule.steps)
     return Learner(model, objective, state, engine, optimizers, config.seed, pace, ema)
 
@@ -67,13 +68,17 @@ def built(config: RunConfig, engine: Engine, roles: Mapping[str, Sequence[str]])
     adapters: dict[str, Adapters] = {}
     for number, (expert, names) in enumerate(roles.items()):
         network = family.load(engine.precision, expert, engine.berth(number))
-        paths = target_report(config, network).paths
-        adapters[expert] = config.adapter.attach(network, paths, names, config.seed)
+        adapters[expert] = attach(network, standings(config, network, names), config.seed)
         if engine.sequence is not None:
             family.divide(network, engine.sequence)
         networks[expert] = engine.place(network, family.blocks(network))
         adapters[expert].initialize()
     return joined(networks, adapters, engine, family)
+
+
+def standings(config: RunConfig, network: nn.Module, names: Sequence[str]) -> dict[str, Standing]:
+    """The recipe of each role, and the layers of a network that it stands on."""
+    return {name: Standing(config.adapter_of(name), target_report(config, network, name).paths) for name in names}
 
 
 def joined(
@@ -95,9 +100,9 @@ def start_from(config: RunConfig, learner: Learner) -> None:
     path = config.adapter.start_from
     if path is None:
         return
-    for role in learner.shown:
-        earlier = read_adapter(find_adapter(path, role))
-        tensors = tensors_at_scale(earlier, config.adapter.scale, config.adapter.conv_scale)
+    for role, expert in zip(learner.shown, learner.experts, strict=True):
+        earlier, recipe = read_adapter(find_adapter(path, expert.name)), config.adapter_of(role)
+        tensors = tensors_at_scale(earlier, recipe.scale, recipe.conv_scale)
         learner.model.adapters.load_state_dict(role, tensors)
 
 

@@ -8,24 +8,26 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import mean, median, quantiles
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from weft.contracts import Batch, Engine, Phase, as_text, as_video
+from weft.contracts import Batch, Distilled, Engine, Phase, as_text
+from weft.errors import ConfigError
 from weft.events import Event, StepEnded
 from weft.math.chance import generator
-from weft.run.assemble import assemble, count_parameters
+from weft.run.assemble import assemble
 from weft.run.checks import settled
 from weft.run.config import RunConfig
 from weft.run.estimate import estimate
 from weft.run.learner import Learner
 from weft.run.listeners import EventLog
-from weft.run.questions import Row, Shape
-from weft.run.rehearsal import Stage, rehearsed
+from weft.run.parts import trained_of
+from weft.run.questions import Row, Shape, latents_of, told
+from weft.run.rehearsal import Rehearsal, Stage, rehearsed
 from weft.run.shortage import peak_of
 from weft.run.train import Course, Outcome, train
 
@@ -71,15 +73,12 @@ def random_items(config: RunConfig, shape: Shape) -> Callable[[int], Batch]:
         return Batch(tensors, tuple(f"{number}.{k}" for k in range(items)))
 
     def clips(number: int) -> Batch:
-        random = torch.randn((items, *latents), generator=generator("cpu", "bench", number))
-        tensors = {"latents": random, **family.conditions(items, *latents[1:])}
-        return Batch(tensors, tuple(f"{number}.{k}" for k in range(items)))
+        return told(config, torch.randn((items, *latents), generator=generator("cpu", "bench", number)), str(number))
 
     if isinstance(shape, Row):
         tokenizer = as_text(config.family).tokenizer()
         return rows
-    family = as_video(config.family)
-    latents = family.geometry().latent_shape(shape.frames, shape.height, shape.width)
+    latents = latents_of(config, shape)
     return clips
 
 
@@ -109,24 +108,29 @@ class Ear:
 
 
 def bench(config: RunConfig, shape: Shape, steps: int) -> dict[str, Any]:
-    """Time steps of one shape after a warm-up. Returns the figures of docs/benchmarks.md, as plain data."""
-    schedule = config.schedule.model_copy(update={"epochs": None})  # no data are read, so that it has no length
-    config = settled(config.model_copy(update={"schedule": schedule}), None, 1)
+    """Time steps of one shape after a warm-up. Returns the figures of docs/benchmarks.md, as plain data.
+
+    Raises ConfigError for two experts under an objective of several parts, whose steps are of four kinds.
+    """
+    config, warm_up = benchable(config, steps)
     engine = config.engine.open()
     ceiling = matmul_peak(engine)
     reset_peak(engine)
     learner = assemble(config, engine)
-    items = config.data.batch_size
-    stream = RandomItems(random_items(config, shape), WARM_UP + steps)
+    stream = RandomItems(random_items(config, shape), warm_up + steps)
+    rates = {role: config.rate_of(role) for role in learner.optimizers}
     with tempfile.TemporaryDirectory() as folder:
         heard = Ear(EventLog(Path(folder) / "events.rank0.jsonl"))
-        train(learner, [stream], Course(config.schedule, Nothing(), heard, wait=waiter(engine)))
-    counted = heard.steps[WARM_UP:]
-    seconds = [event.seconds["total"] for event in counted]
-    flops = model_flops(config, shape) * config.schedule.accumulate
-    predicted = estimate(config, [shape], count_parameters(learner).trainable)[shape]
+        train(learner, [stream], Course(config.schedule, Nothing(), heard, wait=waiter(engine), rates=rates))
+    timed = heard.steps[warm_up:]
+    flops = flops_of(config, shape, timed)
+    kinds = kinds_of(config, timed, flops)
+    seconds = [event.seconds["total"] for event in timed]
+    typical = mean if kinds else median  # of steps that differ, the rate over all of them
+    predicted = estimate(config, [shape], trained_of(config))[shape]
     losses = [next(value for name, value in e.metrics.items() if name.endswith("/loss")) for e in heard.steps]
-    tokens = shape.tokens * items * config.schedule.accumulate
+    draws = mean(len(config.objective.phases(event.step - 1, config.family.experts)) for event in timed)
+    tokens = shape.tokens * config.data.batch_size * config.schedule.accumulate * draws
     library = "transformers" if isinstance(shape, Row) else "diffusers"
     return {
         "schema": SCHEMA,
@@ -134,13 +138,60 @@ def bench(config: RunConfig, shape: Shape, steps: int) -> dict[str, Any]:
         "software": {name: version(name) for name in ("weft", "torch", library, "peft")},
         "case": {**case(config, shape), "precision": engine.precision},
         "ceiling_matmul_flops": ceiling,
-        "model_flops": flops,
+        "model_flops": round(mean(flops)),
         "step_seconds": {"median": median(seconds), **spread(seconds), "steps": len(seconds)},
-        "share": shares(counted),
-        "tokens_per_second": tokens / median(seconds),
-        "mfu": flops / median(seconds) / ceiling,
+        **({"kinds": kinds} if kinds else {}),
+        "share": shares(timed),
+        "tokens_per_second": tokens / typical(seconds),
+        "mfu": mean(flops) / typical(seconds) / ceiling,
         "memory_bytes": {"peak": peak_of(engine.device), "planned": predicted.total},
         "loss": {"first": losses[0], "last": losses[-1]},
+    }
+
+
+def benchable(config: RunConfig, steps: int) -> tuple[RunConfig, int]:
+    """The config without what needs data, long enough for a bench, and the steps of warm-up: until each phase came."""
+    experts = config.family.experts
+    if config.objective.parts and len(experts) > 1:
+        raise ConfigError(
+            f"weft bench: objective '{config.objective.kind}' on two experts has steps of several kinds. Write "
+            "family.expert=high or family.expert=low to time one."
+        )
+    warm_up = warm_up_of(config)
+    # No data are read, so that epochs have no length.
+    changes = {"epochs": None, "steps": max(config.schedule.steps, warm_up + steps)}
+    schedule = config.schedule.model_copy(update=changes)
+    return settled(config.model_copy(update={"schedule": schedule}), None, 1), warm_up
+
+
+def warm_up_of(config: RunConfig) -> int:
+    """Steps before those that count; of several parts until each has moved."""
+    if not config.objective.parts:
+        return WARM_UP
+    experts, missing = config.family.experts, set(config.objective.roles(config.family.experts))
+    for step in count():
+        missing -= {phase.role for phase in config.objective.phases(step, experts)}
+        if not missing:
+            return max(WARM_UP, step + 1)
+    raise AssertionError("unreachable")
+
+
+def kinds_of(config: RunConfig, events: Sequence[StepEnded], flops: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Steps by the parts that they move: how many, how long, with how many FLOP. Nothing where all steps are alike."""
+    if not config.objective.parts:
+        return {}
+    found: dict[str, list[tuple[float, int]]] = {}
+    for event, numbers in zip(events, flops, strict=True):
+        names = [phase.name for phase in config.objective.phases(event.step - 1, config.family.experts)]
+        found.setdefault(" + ".join(names), []).append((event.seconds["total"], numbers))
+    return {
+        name: {
+            "steps": len(both),
+            "median": median(seconds for seconds, _ in both),
+            **spread([seconds for seconds, _ in both]),
+            "model_flops": round(mean(numbers for _, numbers in both)),
+        }
+        for name, both in found.items()
     }
 
 
@@ -208,14 +259,43 @@ def matmul_peak(engine: Engine) -> float:
 
 
 def model_flops(config: RunConfig, shape: Shape) -> int:
-    """FLOP of one micro-batch, forward and backward without recomputation, counted on fake tensors.
+    """FLOP of one micro-batch of an objective of one part, see `flops_by_phase`. Experts are networks of one size."""
+    return next(iter(flops_by_phase(config, shape).values()))
+
+
+def flops_by_phase(config: RunConfig, shape: Shape) -> dict[str, int]:
+    """FLOP of one micro-batch of each phase, forward and backward without recomputation, counted on fake tensors. A
+    student that is left after another number of steps each time is counted for each number, and the mean is taken.
 
     Matrix products and convolutions as torch counts them; attention 4 Nq Nk d forward and 8 Nq Nk d backward, of a row
     of text as if each token saw all others. A head of words counts for every token.
     """
+    objective = config.objective
+    times = len(objective.step_list(config.family).times) if isinstance(objective, Distilled) else 1
+    with rehearsed(config, shape, Stage(torch.float32)) as rehearsal:
+        return {
+            phase.name: round(mean(counted(rehearsal, phase, done) for done in range(times)))
+            for phase in rehearsal.phases
+        }
+
+
+def flops_of(config: RunConfig, shape: Shape, events: Sequence[StepEnded]) -> list[int]:
+    """FLOP of each step."""
+    schedule, experts = config.schedule, config.family.experts
+    if not config.objective.parts:
+        return [model_flops(config, shape) * schedule.accumulate] * len(events)
+    of = flops_by_phase(config, shape)
+    return [
+        schedule.accumulate * sum(of[phase.name] for phase in config.objective.phases(event.step - 1, experts))
+        for event in events
+    ]
+
+
+def counted(rehearsal: Rehearsal, phase: Phase, done: int) -> int:
+    """FLOP of one micro-batch of a phase that has had so many steps."""
     counter = FlopCounterMode(display=False, custom_mapping=attention_flops())
-    with rehearsed(config, shape, Stage(torch.float32)) as rehearsal, counter:
-        rehearsal.loss().backward()
+    with rehearsal.adapters.use(phase.role), counter:
+        rehearsal.loss(phase, done).backward()
     return counter.get_total_flops()
 
 

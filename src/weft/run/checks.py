@@ -1,5 +1,6 @@
 """All of a run that can be refused before a weight is read, and what its numbers come to on so many processes."""
 
+from bisect import bisect_left
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,13 @@ import torch
 from torch import nn
 
 from weft.adapters.targets import TargetReport
-from weft.contracts import Engine
+from weft.contracts import Distilled, Engine, Validated, as_video
 from weft.errors import ConfigError
 from weft.events import Listener
 from weft.formats.reading import read_adapter
 from weft.run.assemble import check_engine, find_adapter, target_report
 from weft.run.config import RunConfig
+from weft.run.pace import Pace
 from weft.run.shots import check_shots, shots_of
 from weft.run.surveyed import surveyed, unheard
 from weft.run.trackers import check_trackers
@@ -23,11 +25,14 @@ from weft.run.writing import check_replies
 def check(config: RunConfig, engine: Engine | None = None, tell: Listener = unheard) -> Any:
     """All that can be refused before weights are read: model files, data, targets, buckets, sample sizes. Returns what
     the data holds. engine: None where none is at work yet."""
-    config.objective.check(config.family)
+    check_objective(config)
     survey = surveyed(config, tell)
     survey.refuse_when_unusable(config.data.unreadable)
     check_samples(config)
-    check_adapter(config, target_report(config, config.family.skeleton()))
+    skeleton = config.family.skeleton()
+    check_adapter(config, target_report(config, skeleton))
+    for role in config.objective.roles(config.family.experts):
+        target_report(config, skeleton, role)
     if engine is not None:
         check_engine(config, engine)
     check_optimizer(config)
@@ -35,13 +40,57 @@ def check(config: RunConfig, engine: Engine | None = None, tell: Listener = unhe
     return survey
 
 
+def check_objective(config: RunConfig) -> None:
+    """Raises ConfigError for an objective that does not go with the family or with captions alone, for a role that the
+    model does not have, and for a warm-up that a role's own steps do not outlast."""
+    objective, family = config.objective, config.family
+    objective.check(family)
+    roles = objective.roles(family.experts)
+    if idle := [name for name in config.roles if not any(name in (role, role.partition("_")[0]) for role in roles)]:
+        raise ConfigError(f"roles.{idle[0]}: with this model there are only {', '.join(roles)}. Leave it out.")
+    if not config.data.has_latents:
+        check_captions_do(config)
+    if config.schedule.epochs is None:
+        check_warmups(config)
+    if config.save.keep_best and not isinstance(objective, Validated):
+        raise ConfigError(
+            f"save.keep_best: objective '{objective.kind}' has no loss that tells the best checkpoint. Leave it out."
+        )
+
+
+def check_captions_do(config: RunConfig) -> None:
+    """Raises ConfigError where captions alone are not enough."""
+    family, objective = config.family, config.objective
+    reason = objective.needs_clips(family) if isinstance(objective, Distilled) else None
+    if as_video(family).image == "channels":
+        reason = "this model goes on from a clip's first frame"
+    if reason:
+        raise ConfigError(f"data.kind: '{config.data.kind}' has captions alone, but {reason}. Write data.kind=video.")
+
+
+def check_warmups(config: RunConfig) -> None:
+    """Raises ConfigError for an optimizer that would never reach its learning rate."""
+    pace = Pace(config.objective, config.family.experts, config.schedule.steps)
+    for role in config.objective.roles(config.family.experts):
+        steps, warmup = len(pace.steps.get(role, ())), config.rate_of(role).warmup
+        if role in pace.steps and warmup >= steps:
+            raise ConfigError(
+                f"schedule.warmup: it is {warmup}, but {role} moves in only {steps} of {config.schedule.steps} steps. "
+                f"Write roles.{role}.warmup, or more schedule.steps."
+            )
+        if config.objective.parts and role not in pace.steps:
+            raise ConfigError(
+                f"schedule.steps: {config.schedule.steps} are too few for {role} to move once. Write more."
+            )
+
+
 def check_adapter(config: RunConfig, targets: TargetReport) -> None:
     """Raises WeftError for an adapter to start from that is not there, or that stands on other layers."""
     path = config.adapter.start_from
     if path is None:
         return
-    for role in config.objective.shown(config.family.experts):
-        check_earlier(config, targets, find_adapter(path, role))
+    for expert in config.family.experts:
+        check_earlier(config, targets, find_adapter(path, expert.name))
 
 
 def check_earlier(config: RunConfig, targets: TargetReport, path: Path) -> None:
@@ -64,7 +113,8 @@ def check_earlier(config: RunConfig, targets: TargetReport, path: Path) -> None:
 def check_optimizer(config: RunConfig) -> None:
     """Raises ConfigError for an optimizer that is not there or refuses its arguments; a parameter of one number
     stands for the adapter's."""
-    config.optimizer.build({"w": nn.Parameter(torch.zeros(1))}, config.adapter.lr_factor)
+    for role in config.objective.roles(config.family.experts):
+        config.optimizer_of(role).build({"w": nn.Parameter(torch.zeros(1))}, config.adapter_of(role).lr_factor)
 
 
 def check_samples(config: RunConfig) -> None:
@@ -96,7 +146,8 @@ def settled(config: RunConfig, survey: Any, data_world: int) -> RunConfig:
         draws = survey.epoch_draws(config.data.batch_size)
         if draws is None:
             raise ConfigError("schedule.epochs: the length of streamed data is not known. Write schedule.steps.")
-        steps = ceil(schedule.epochs * draws / (found.get("accumulate", schedule.accumulate) * data_world))
+        wanted = ceil(schedule.epochs * draws / (found.get("accumulate", schedule.accumulate) * data_world))
+        steps = steps_of(config, wanted)
         if schedule.warmup >= steps:
             raise ConfigError(
                 f"schedule.warmup: it is {schedule.warmup}, but {schedule.epochs:g} epochs are only {steps} steps. "
@@ -104,6 +155,12 @@ def settled(config: RunConfig, survey: Any, data_world: int) -> RunConfig:
             )
         found["steps"] = steps
     return config.model_copy(update={"schedule": schedule.model_copy(update=found)}) if found else config
+
+
+def steps_of(config: RunConfig, micro_batches: int) -> int:
+    """The fewest steps whose phases draw so many micro-batches. A step has at least one phase."""
+    pace = Pace(config.objective, config.family.experts, micro_batches)
+    return bisect_left(range(micro_batches), micro_batches, key=pace.micro_batches)
 
 
 def items_per_step(config: RunConfig, data_world: int) -> int:

@@ -10,6 +10,7 @@ from weft import plugins
 from weft.config.parse import parse
 from weft.config.source import Source, read_source
 from weft.engines.parallel import Parallel
+from weft.run.roles import Rate, Role, role_of
 from weft.section import Section
 
 OF_VIDEO = ("diffusers",)  # formats that only programs for video read
@@ -171,6 +172,10 @@ class RunConfig(Section):
     adapter: plugins.union("adapter") = Field(description="what is trained on it")  # type: ignore[valid-type]
     objective: plugins.union("objective") = Field(description="what is learned from a batch")  # type: ignore[valid-type]
     optimizer: plugins.union("optimizer") = Field(description="how the weights move")  # type: ignore[valid-type]
+    roles: dict[str, Role] = Field(
+        default_factory=dict,
+        description="of an objective that trains several parts, what each has of its own: {critic: {optimizer: ...}}",
+    )
     data: plugins.union("data") = Field(description="clips, captions, buckets, cache")  # type: ignore[valid-type]
     engine: plugins.union("engine") = Field(  # type: ignore[valid-type]
         default_factory=lambda: plugins.find("engine", ENGINE)(), description="device and precision"
@@ -219,7 +224,45 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _roles_exist(self) -> "RunConfig":
+        from weft.errors import did_you_mean
+
+        parts = self.objective.parts
+        known = [*parts, *(f"{part}_{expert}" for part in parts for expert in ("high", "low"))]
+        for name in self.roles:
+            if not parts:
+                raise ValueError(
+                    f"roles.{name}: objective '{self.objective.kind}' trains one part, which has the run's own "
+                    "adapter, optimizer and schedule. Leave roles out"
+                )
+            if name not in known:
+                raise ValueError(f"roles.{name}: this objective has no such part. {did_you_mean(name, known)}")
+            own = self.roles[name].adapter
+            if own is not None and name.partition("_")[0] == parts[0]:
+                raise ValueError(f"roles.{name}.adapter: the {parts[0]} has the run's own. Write it under adapter")
+            if own is not None and own.start_from is not None:
+                raise ValueError(
+                    f"roles.{name}.adapter.start_from: only the {parts[0]} goes on from an earlier one. Leave it out"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _data_is_enough(self) -> "RunConfig":
+        if not (self.data.has_latents or self.objective.data_free):
+            fitting = [k for k, t in plugins.section_types("objective").items() if t.medium == "video" and t.data_free]
+            raise ValueError(
+                f"data.kind: '{self.data.kind}' has captions and no clips, and objective '{self.objective.kind}' "
+                f"learns from clips. Write data.kind=video, or objective.kind={' or '.join(fitting)}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _adapter_has_formats(self) -> "RunConfig":
+        if not self.adapter.formats:
+            raise ValueError(
+                f"adapter.kind: no file format holds an adapter of kind {self.adapter.kind}, so it is for roles that "
+                "are not exported, such as roles.critic.adapter. Write adapter.kind=lora"
+            )
         odd = [name for name in self.save.formats if name not in self._known_formats]
         if odd:
             raise ValueError(
@@ -227,6 +270,24 @@ class RunConfig(Section):
                 f"{', '.join(self._known_formats)}, not as {odd[0]}"
             )
         return self
+
+    def adapter_of(self, role: str) -> Any:
+        """The recipe of a role's adapter."""
+        return role_of(self.roles, role).adapter or self.adapter
+
+    def optimizer_of(self, role: str) -> Any:
+        """What moves a role."""
+        return role_of(self.roles, role).optimizer or self.optimizer
+
+    def rate_of(self, role: str) -> Rate:
+        """How the learning rate of a role moves."""
+        own, run = role_of(self.roles, role), self.schedule
+
+        def chosen(name: str) -> Any:
+            value = getattr(own, name)
+            return getattr(run, name) if value is None else value
+
+        return Rate(chosen("curve"), chosen("warmup"), chosen("floor"), chosen("max_norm"))
 
     @property
     def formats(self) -> tuple[str, ...]:

@@ -2,20 +2,20 @@
 with shapes but without storage, and the memory that they would hold at a time is followed through one step."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from weft.contracts import ModelFamily
+from weft.contracts import ModelFamily, Phase
 from weft.engines.parallel import Layout
 from weft.engines.residency import memory_of
 from weft.engines.single_device import DTYPES, best_device, best_precision
 from weft.run.assemble import target_report
 from weft.run.config import RunConfig
 from weft.run.questions import Shape
-from weft.run.rehearsal import LiveBytes, Stage, block_lists, rehearsed
+from weft.run.rehearsal import LiveBytes, Rehearsal, Stage, block_lists, rehearsed
 from weft.run.shares import ALONE, adapter_bytes, weights_of
 
 FIXED = 0.6 * 2**30  # bytes: context of the device and the workspaces of its libraries, on CUDA
@@ -78,23 +78,29 @@ def card_of(config: RunConfig) -> Card:
 
 
 def estimate(
-    config: RunConfig, shapes: Sequence[Shape], trainable: int, card: Card | None = None, layout: Layout = ALONE
+    config: RunConfig,
+    shapes: Sequence[Shape],
+    trained: Mapping[str, int],
+    card: Card | None = None,
+    layout: Layout = ALONE,
 ) -> dict[Shape, Estimate]:
-    """An estimate for each shape at the config's batch size, of one process of a layout. trainable: parameters of all
-    adapters. card: that the run is planned for, if not this machine's.
+    """An estimate for each shape at the config's batch size, of one process of a layout. trained: parameters of each
+    role. card: that the run is planned for, if not this machine's.
 
     Raises ConfigError when more blocks are to be streamed than there are.
     """
     card = card or card_of(config)
     found = all_activations(config, shapes, layout.sequence)
-    return {shape: composed(config, found[shape], trainable, card, layout) for shape in shapes}
+    return {shape: composed(config, found[shape], trained, card, layout) for shape in shapes}
 
 
-def composed(config: RunConfig, activations: int, trainable: int, card: Card, layout: Layout = ALONE) -> Estimate:
+def composed(
+    config: RunConfig, activations: int, trained: Mapping[str, int], card: Card, layout: Layout = ALONE
+) -> Estimate:
     """The whole from what is already known of a step's activations."""
     by_block = config.family.weight_bytes(precision_of(config))
     weights, waiting = weights_of(config, by_block, card.memory, layout)
-    adapter, moments = adapter_bytes(config, trainable, layout)
+    adapter, moments = adapter_bytes(config, trained, layout)
     return Estimate(weights, adapter, activations, int(FIXED) if card.gpu else 0, waiting + moments)
 
 
@@ -120,7 +126,13 @@ def activations(config: RunConfig, shape: Shape, sequence: int = 1) -> int:
 
 
 def held(config: RunConfig, shape: Shape, sequence: int = 1) -> Held:
-    """What one micro-batch holds. A long row of equal blocks is rehearsed in short, since each takes the same."""
+    """What one micro-batch holds, in the phase that holds most."""
+    return max(held_by_phase(config, shape, sequence).values(), key=lambda each: each.peak)
+
+
+def held_by_phase(config: RunConfig, shape: Shape, sequence: int = 1) -> dict[str, Held]:
+    """What one micro-batch of each phase holds. A long row of equal blocks is rehearsed in short, since each takes the
+    same."""
     residence = replace(config.engine.residence(), stream_blocks=0, experts="together", pinned=False, verified=False)
     depth = equal_blocks(config)
     precision = precision_of(config)
@@ -128,22 +140,30 @@ def held(config: RunConfig, shape: Shape, sequence: int = 1) -> Held:
     if depth <= DEPTH + 1:
         return rehearsed_bytes(config, shape, stage)
     short, longer = (rehearsed_bytes(config, shape, replace(stage, depths=(n,))) for n in (DEPTH, DEPTH + 1))
-    return short.further(longer, depth - DEPTH)
+    return {phase: short[phase].further(longer[phase], depth - DEPTH) for phase in short}
 
 
-def rehearsed_bytes(config: RunConfig, shape: Shape, stage: Stage) -> Held:
-    """Follow the memory of one rehearsal."""
+def rehearsed_bytes(config: RunConfig, shape: Shape, stage: Stage) -> dict[str, Held]:
+    """Follow the memory of one rehearsal, phase by phase."""
     with rehearsed(config, shape, stage) as rehearsal:
-        live, inputs = LiveBytes(), rehearsal.engine.inputs
-        for parameter in rehearsal.adapters.parameters(rehearsal.role).values():
-            parameter.grad = torch.zeros_like(parameter)  # gradients are the adapter's own account
-        if inputs is not None:
-            inputs.host_memory = live.ignoring
-        with live:
-            loss = rehearsal.loss()
-            kept = live.now
-            loss.backward()
-        return Held(kept, live.peak + (inputs.largest if inputs is not None else 0))
+        return {phase.name: followed(rehearsal, phase) for phase in rehearsal.phases}
+
+
+def followed(rehearsal: Rehearsal, phase: Phase) -> Held:
+    """Follow the memory of one phase."""
+    live, inputs = LiveBytes(), rehearsal.engine.inputs
+    trained = rehearsal.adapters.parameters(phase.role).values()
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)  # gradients are the adapter's own account
+    if inputs is not None:
+        inputs.host_memory = live.ignoring
+    with rehearsal.known.during(live), rehearsal.adapters.use(phase.role), live:
+        loss = rehearsal.loss(phase, 0)
+        kept = live.now
+        loss.backward()
+    for parameter in trained:
+        parameter.grad = None
+    return Held(kept, live.peak + (inputs.largest if inputs is not None else 0))
 
 
 def equal_blocks(config: RunConfig) -> int:
@@ -155,8 +175,9 @@ def equal_blocks(config: RunConfig) -> int:
         return 0
     (blocks,) = lists
     prefix = next(path for path, module in network.named_modules() if module is blocks)
-    adapted = _adapted(target_report(config, network).paths, prefix)
-    alike = {frozenset(adapted[str(number)]) for number in range(len(blocks))}
+    roles = config.objective.roles(family.experts[:1])
+    adapted = [_adapted(target_report(config, network, role).paths, prefix) for role in roles]
+    alike = {tuple(frozenset(own[str(number)]) for own in adapted) for number in range(len(blocks))}
     return len(blocks) if len(alike) == 1 and _same_shapes(blocks) else 0
 
 

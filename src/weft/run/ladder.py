@@ -14,9 +14,9 @@ from pydantic import ValidationError
 from weft.engines.parallel import Layout
 from weft.engines.residency import memory_of
 from weft.errors import ConfigError, WeftError
-from weft.run.assemble import target_report
 from weft.run.config import RunConfig
 from weft.run.estimate import Card, Estimate, card_of, device_of
+from weft.run.parts import trained_of
 from weft.run.questions import Shape
 from weft.run.rungs import MAKERS, Need
 from weft.run.shares import ALONE
@@ -61,12 +61,6 @@ def device_memory(config: RunConfig) -> int | None:
     return min(machine, int(limit)) if limit.isdigit() else machine
 
 
-def trainable_of(config: RunConfig) -> int:
-    """Parameters of all adapters that a run trains."""
-    roles = config.objective.roles(config.family.experts)
-    return len(roles) * config.adapter.trainable(target_report(config, config.family.skeleton()))
-
-
 def ladder(
     config: RunConfig, shapes: Sequence[Shape], limit: int, card: Card | None = None, layout: Layout = ALONE
 ) -> list[Rung]:
@@ -93,9 +87,9 @@ def remedies(config: RunConfig, shape: Shape, limit: int, count: int = 3) -> lis
 
 def needed(config: RunConfig, shape: Shape, card: Card, layout: Layout = ALONE) -> Need:
     """The need for a shape on a card."""
-    trainable, nothing = trainable_of(config), Estimate(0, 0, 0, 0)
+    trained, nothing = trained_of(config), Estimate(0, 0, 0, 0)
     spare = torch.cuda.device_count() if card.gpu else 1
-    return Need(config, shape, card, trainable, nothing, {}, layout, spare).of(config, shape)
+    return Need(config, shape, card, trained, nothing, {}, layout, spare).of(config, shape)
 
 
 def largest(shapes: Sequence[Shape]) -> Shape:

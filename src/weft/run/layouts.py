@@ -41,10 +41,12 @@ def check_zero(config: RunConfig) -> None:
             "engine.kind: 'deepspeed' needs deepspeed, which is not installed. "
             "Run: DS_BUILD_OPS=0 pip install 'weft[deepspeed]', or write engine.kind=torch."
         )
-    roles = config.objective.roles(config.family.experts)
-    if len(roles) > 1:
+    experts = [expert.name for expert in config.family.experts]
+    if len(experts) > 1:
         raise ConfigError(
-            f"engine.kind: 'deepspeed' trains one adapter on one network, and this run trains {len(roles)}: "
-            f"{', '.join(roles)}. Write engine.kind=torch, or family.expert to train one of two networks."
+            f"engine.kind: 'deepspeed' trains one network, and this run trains {len(experts)}: {', '.join(experts)}. "
+            "Write engine.kind=torch, or family.expert to train one of them."
         )
-    ZeroOptimizer(config.optimizer.build({"w": nn.Parameter(torch.zeros(1))}, config.adapter.lr_factor))
+    for role in config.objective.roles(config.family.experts):
+        recipe, parameter = config.adapter_of(role), nn.Parameter(torch.zeros(1))
+        ZeroOptimizer(config.optimizer_of(role).build({"w": parameter}, recipe.lr_factor))

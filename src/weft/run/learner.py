@@ -68,9 +68,11 @@ class Learner:
         number = micro_batch * engine.data_world + engine.data_rank
         part = (engine.sequence.rank,) if engine.sequence else ()
         torch.manual_seed(seed_of(self.seed, "global", *place, number, *part))
+        done = self.pace.done(phase, self.step)
         return Rng(
             own=generator(engine.device, self.seed, "own", *place, number),
             shared=generator("cpu", self.seed, "shared", *place, micro_batch),
             seed=self.seed,
-            draw=self.pace.done(phase, self.step) * accumulate * engine.data_world + number,
+            draw=done * accumulate * engine.data_world + number,
+            done=done,
         )

@@ -38,8 +38,9 @@ def opened(
     encoders = LazyEncoders(lambda: config.family.encoders(engine.device, engine.carry))
     with naming("caching", engine.device):
         dataset = config.data.open(
-            survey, inputs, encoders.open, tell, seed=config.seed, last_step=config.schedule.steps
-        )
+            survey, inputs, encoders.open, tell, seed=config.seed, last_step=config.schedule.steps,
+            beside=config.objective.texts,
+        )  # fmt: skip
     if config.data.cache != "off":
         encoders.close()
     return dataset, Gallery(config, tell, encoders, survey.fps)

@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from weft import plugins
-from weft.contracts import Phase
+from weft.contracts import Distilled, Phase
 from weft.durable import write_folder
 from weft.errors import RunError
 from weft.events import Evaluated, Exported, Incident, Listener, PhaseStarted, Saved
-from weft.formats.adapter_file import SavedAdapter
+from weft.formats.adapter_file import STEP_LIST, SavedAdapter
 from weft.run.assemble import adapter_folder
 from weft.run.checkpoint import CheckpointWriter
 from weft.run.checkpoint_folders import step_of
@@ -72,10 +72,11 @@ class Keeper:
 
     def _an_epoch_ended(self, learner: Learner) -> bool:
         """Whether the last step went past so many epochs as the config wants a checkpoint after."""
-        current, per_step = under_way(learner), self.config.schedule.accumulate * learner.engine.data_world
+        current, per_phase = under_way(learner), self.config.schedule.accumulate * learner.engine.data_world
         if current is None:  # the end of the stretch saves of itself
             return False
-        before = learner.drawn - per_step
+        phases = learner.pace.micro_batches(learner.step) - learner.pace.micro_batches(learner.step - 1)
+        before = learner.drawn - phases * per_phase
         return due_by_epoch(before, learner.drawn, current.epoch_draws, self.config.save.every_epochs)
 
     def after_experience(self, learner: Learner) -> None:
@@ -133,14 +134,17 @@ class Keeper:
     def gathered(self, learner: Learner, stem: str) -> dict[Path, SavedAdapter]:
         """Folder -> adapter as it is now, in host memory. Every rank must ask."""
         found = {}
+        objective = learner.objective
+        steps = objective.step_list(learner.model.family) if isinstance(objective, Distilled) else None
+        few = {STEP_LIST: steps.to_json()} if steps else {}
         for role, expert in zip(learner.shown, learner.experts, strict=True):
             with averaged(learner):
                 state = learner.model.adapters.state_dict(role)
                 tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
             about = {**self.provenance, "weft.step": str(learner.step), "weft.expert": expert.name,
-                     "weft.times": json.dumps(expert.times)}  # fmt: skip
+                     "weft.times": json.dumps(expert.times), **few}  # fmt: skip
             folder = self.run / adapter_folder(stem, expert.name)
-            found[folder] = saved_adapter(self.config, learner, tensors, about)
+            found[folder] = saved_adapter(self.config, learner, role, tensors, about)
         return found
 
     def _write(self, adapters: Mapping[Path, SavedAdapter]) -> None:
@@ -204,8 +208,8 @@ def due(step: int, every: int) -> bool:
 
 
 def saved_adapter(
-    config: RunConfig, learner: Learner, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+    config: RunConfig, learner: Learner, role: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> SavedAdapter:
     """A role's state with all that a reader needs to apply it, as the adapter's kind has it in files."""
-    facts = config.adapter.exported(tensors)
-    return SavedAdapter(**facts, targets=tuple(learner.model.adapters.paths), metadata=dict(metadata))
+    facts = config.adapter_of(role).exported(tensors)
+    return SavedAdapter(**facts, targets=tuple(learner.model.adapters.paths_of(role)), metadata=dict(metadata))

@@ -21,6 +21,10 @@ class Pace:
             for phase in self.objective.phases(step, self.experts):
                 self.steps.setdefault(phase.name, []).append(step)
 
+    def micro_batches(self, step: int) -> int:
+        """Micro-batches of all phases until this step, for each that a phase draws in a step."""
+        return sum(bisect_left(steps, step) for steps in self.steps.values())
+
     def done(self, phase: str, step: int) -> int:
         """How many steps the phase has had before this one."""
         return bisect_left(self.steps[phase], step)

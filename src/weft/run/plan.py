@@ -1,20 +1,32 @@
 """What a run will do, before any weight is read: data, shapes, targets, steps, memory, processes, disk."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
-from weft.adapters.targets import TargetReport
+from torch import nn
+
 from weft.data.buckets import Bucket
 from weft.data.cache import CacheStatus
 from weft.engines.parallel import Layout
 from weft.errors import DataError, WeftError
 from weft.run.assemble import Trainable, target_report
-from weft.run.checks import check_adapter, check_optimizer, check_samples, items_per_step, settled
+from weft.run.checks import (
+    check_adapter,
+    check_objective,
+    check_optimizer,
+    check_samples,
+    check_warmups,
+    items_per_step,
+    settled,
+)
 from weft.run.config import RunConfig
 from weft.run.estimate import Card, Estimate, card_of, device_of, estimate, precision_of
 from weft.run.ladder import Rung, device_memory, ladder
 from weft.run.layouts import check_layout, layout_of
+from weft.run.pace import Pace
+from weft.run.parts import Part, parts_of
 from weft.run.questions import Shape, shapes_of
 from weft.run.surveyed import surveyed
 from weft.run.trackers import check_trackers
@@ -25,7 +37,7 @@ class Plan:
     """A run as it would go. problems: why it would not start; empty when it would."""
 
     survey: Any
-    targets: TargetReport
+    parts: tuple[Part, ...]  # what is trained; of most objectives one for each expert
     parameters: Trainable
     layout: Layout
     shapes: dict[Shape, int]  # items of an epoch
@@ -54,35 +66,34 @@ def plan(config: RunConfig, limit: int | None = None, processes: int | None = No
     """
     config = config if limit is None else for_gpu(config)
     layout = layout_of(config, processes)
-    config.objective.check(config.family)
+    check_objective(config)
     survey = surveyed(config)
     skeleton = config.family.skeleton()
-    targets = target_report(config, skeleton)
-    identity = config.family.identity()
     shapes = shapes_of(config, survey)
     config, late = settled_or_not(config, survey, layout) if shapes else (config, ())
+    parts = parts_of(config, skeleton)
     problems = told_by(
         lambda: survey.refuse_when_unusable(config.data.unreadable),
         lambda: check_samples(config),
-        lambda: check_adapter(config, targets),
+        lambda: check_adapter(config, target_report(config, skeleton)),
+        lambda: check_warmups(config),
         lambda: check_layout(config, layout),
         lambda: check_optimizer(config),
         lambda: check_trackers(config.track),
     )
-    experts = len(config.family.experts)
-    trainable = experts * config.adapter.trainable(targets)
+    trained = {part.role: part.parameters for part in parts}
     card = card_of(config) if limit is None else Card(gpu=True, memory=limit)
-    memory = estimate(config, sorted(shapes, key=lambda shape: -shape.tokens), trainable, card, layout)
+    memory = estimate(config, sorted(shapes, key=lambda shape: -shape.tokens), trained, card, layout)
     if limit is None and (card.gpu or layout.world == 1):  # how many processes share a host's memory is not known
         limit = device_memory(config)
     over = limit is not None and any(each.total > limit for each in memory.values())
     together = config.schedule.accumulate * layout.data_world  # micro-batches of a step
     draws = survey.epoch_draws(config.data.batch_size) if shapes else None
-    per_epoch = survey.steps_per_epoch(config.data.batch_size, together) if shapes else 0
+    epochs, per_epoch = passes(config, draws, together) if shapes else (None, 0)
     return Plan(
         survey=survey,
-        targets=targets,
-        parameters=Trainable(trainable, trainable + experts * sum(p.numel() for p in skeleton.parameters())),
+        parts=parts,
+        parameters=of_all(config, skeleton, trained),
         layout=layout,
         shapes=shapes,
         memory=memory,
@@ -90,13 +101,37 @@ def plan(config: RunConfig, limit: int | None = None, processes: int | None = No
         steps=config.schedule.steps,
         items=items_per_step(config, layout.data_world),
         steps_per_epoch=per_epoch,
-        epochs=config.schedule.steps * together / draws if draws else None,
-        cache=config.data.store(survey, identity).status(),
-        disk=disk_bytes(config, trainable, per_epoch),
+        epochs=epochs,
+        cache=cache_of(config, survey),
+        disk=disk_bytes(config, trained, per_epoch),
         problems=(*late, *problems),
         limit=limit,
         rungs=tuple(ladder(config, list(shapes), limit, card, layout)) if over and limit is not None else (),
     )
+
+
+def of_all(config: RunConfig, skeleton: nn.Module, trained: Mapping[str, int]) -> Trainable:
+    """How much is trained, of all experts' networks with all that stands on them."""
+    numbers, trainable = sum(p.numel() for p in skeleton.parameters()), sum(trained.values())
+    return Trainable(trainable, trainable + len(config.family.experts) * numbers)
+
+
+def passes(config: RunConfig, draws: int | None, together: int) -> tuple[float | None, int | None]:
+    """Epochs of the run, and steps of one. draws: micro-batches of an epoch, where that is known. together: those of
+    one phase on all processes; a step draws anew for each of its phases."""
+    if not draws:
+        return None, None
+    steps = config.schedule.steps
+    drawn = together * Pace(config.objective, config.family.experts, steps).micro_batches(steps)
+    return drawn / draws, ceil(steps * draws / drawn)
+
+
+def cache_of(config: RunConfig, survey: Any) -> CacheStatus:
+    """What the cache has of the data and of the objective's own texts."""
+    identity = config.family.identity()
+    if config.family.medium == "text":
+        return config.data.store(survey, identity).status()
+    return config.data.store(survey, identity, config.objective.texts).status()
 
 
 def told_by(*checks: Callable[[], None]) -> list[str]:
@@ -125,17 +160,19 @@ def for_gpu(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"engine": config.engine.model_copy(update={"precision": "bf16"})})
 
 
-def disk_bytes(config: RunConfig, trainable: int, steps_per_epoch: int | None) -> int:
-    """Checkpoints that are kept (weights, two moments, moving average in fp32) and adapters, most of which are kept."""
+def disk_bytes(config: RunConfig, trained: Mapping[str, int], steps_per_epoch: int | None) -> int:
+    """Checkpoints that are kept (weights, two moments, moving average in fp32) and adapters, most of which are kept.
+    trained: parameters of each role; averaged and exported are those that are shown."""
     save, steps = config.save, config.schedule.steps
+    shown = sum(trained[role] for role in config.objective.shown(config.family.experts))
     saves = steps // save.every if save.every else 0
     if save.every_epochs and steps_per_epoch:
         saves += int(steps / (save.every_epochs * steps_per_epoch))
-    checkpoint = trainable * 4 * (4 if config.ema else 3)
+    checkpoint = 4 * (3 * sum(trained.values()) + (shown if config.ema else 0))
     kept = min(save.keep + save.keep_best, saves + 1)
     last = 1 if not save.every or steps % save.every else 0  # a step that saves for itself alone
     written = kept if save.prune_adapters else saves + last
-    return checkpoint * kept + (written + 1) * 4 * trainable * len(config.formats)
+    return checkpoint * kept + (written + 1) * 4 * shown * len(config.formats)
 
 
 def refuse(problems: tuple[str, ...]) -> None:

@@ -1,15 +1,18 @@
 """The largest questions that a run asks its network: clips of a bucket, or rows of tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from weft.contracts import Denoise, Model, Tokens, as_video
+from weft.contracts import Batch, Denoise, Model, Phase, Rng, Tokens, as_video
 from weft.data.buckets import Bucket
 from weft.run.config import RunConfig
+
+OF_TEXT = ("text", "text_mask", "pooled")  # conditions that come of a text, as a family calls them
+MOST = {"first_frame": 1.0, "strata": 1}  # of an objective: the dearest question every time, and plain draws of times
 
 
 @dataclass(frozen=True, order=True)
@@ -44,14 +47,70 @@ def shape_at(config: RunConfig, shape: Sequence[int]) -> Shape:
     return Bucket(frames, height, width, geometry.tokens(frames, height, width))
 
 
+def asked(config: RunConfig, shape: Shape, model: Model, own: torch.Generator) -> Callable[[Phase, int], Tensor]:
+    """What makes the loss of a phase's n-th step. An objective of one part asks one question; one of several is asked
+    for its own loss, with all that it looks at on the way. own: the chance of its noise and times."""
+    if not config.objective.parts:
+        one = question(config, shape)
+        return lambda phase, done: answered(model, one)
+    assert isinstance(shape, Bucket), "objectives of several parts are for videos"
+    objective, items = dearest(config.objective), config.data.batch_size
+    batch, state = told(config, torch.randn(items, *latents_of(config, shape)), "clip"), objective.init(model)
+
+    def loss(phase: Phase, done: int) -> Tensor:
+        rng = Rng(own, torch.Generator(), config.seed, done * config.schedule.accumulate, done)
+        return objective.loss(phase.name, model, batch, state, rng).total
+
+    return loss
+
+
+def dearest(objective: Any) -> Any:
+    """The objective, asking the most wherever it may ask less."""
+    chosen = objective.model_dump(include=set(MOST))
+    return objective.model_copy(update={name: MOST[name] for name, value in chosen.items() if value != 0})
+
+
+def phases_of(config: RunConfig) -> tuple[Phase, ...]:
+    """The phases of the first expert, each once, as the run comes to them; others are like them."""
+    experts = config.family.experts
+    roles, found = config.objective.roles(experts[:1]), dict[str, Phase]()
+    for step in range(config.schedule.steps):
+        for phase in config.objective.phases(step, experts):
+            if phase.role in roles:
+                found.setdefault(phase.name, phase)
+        if len(found) == len(roles):
+            break
+    return tuple(found.values())
+
+
+def latents_of(config: RunConfig, bucket: Bucket) -> tuple[int, ...]:
+    """(C, F, H, W) of the latents of a bucket."""
+    return as_video(config.family).geometry().latent_shape(bucket.frames, bucket.height, bucket.width)
+
+
+def told(config: RunConfig, latents: Tensor, key: str) -> Batch:
+    """A batch of latents (B, C, F, H, W) with conditions of the right shapes, and with the objective's own texts; of
+    data that have captions alone, without the latents' values."""
+    items, shape = len(latents), latents.shape[2:]
+    family = as_video(config.family)
+    beside = {
+        f"{text}/{name}": tensor
+        for text in config.objective.texts
+        for name, tensor in family.conditions(1, *shape).items()
+        if name in OF_TEXT
+    }
+    main = {"latents": latents} if config.data.has_latents else {"blank": torch.zeros_like(latents)}
+    tensors = {**main, **family.conditions(items, *shape), **beside}
+    return Batch(tensors, tuple(f"{key}.{i}" for i in range(items)))
+
+
 def question(config: RunConfig, shape: Shape) -> Denoise | Tokens:
     """One micro-batch of a shape, in all that a family may be told; of text with every token learned."""
     items = config.data.batch_size
     if isinstance(shape, Row):
         ids = torch.zeros(items, shape.tokens, dtype=torch.long)
         return Tokens(ids, torch.arange(shape.tokens).repeat(items, 1), ids.clone())
-    family = as_video(config.family)
-    latents = family.geometry().latent_shape(shape.frames, shape.height, shape.width)
+    family, latents = as_video(config.family), latents_of(config, shape)
     given = torch.zeros(items, latents[1], dtype=torch.bool) if family.image == "frames" else None
     conditions, expert = family.conditions(items, *latents[1:]), family.experts[0].name
     return Denoise(torch.randn(items, *latents), torch.rand(items), conditions, given, expert)

@@ -2,23 +2,23 @@
 recomputation are real, storage is not."""
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from weft.contracts import Adapters, Model, ModelFamily
+from weft.adapters.attach import attach
+from weft.contracts import Adapters, Denoise, Model, ModelFamily, Phase
 from weft.engines.residency import Residence
 from weft.engines.single_device import SingleEngine
-from weft.run.assemble import target_report
+from weft.run.assemble import standings as standing_on
 from weft.run.config import RunConfig
-from weft.run.questions import Shape, answered, question
+from weft.run.questions import Shape, asked, phases_of
 from weft.run.stand_ins import OneOfSequence, attend_without_masks, by_flash, rehearsable
 
 PLAIN = Residence()
@@ -26,14 +26,14 @@ PLAIN = Residence()
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """A fake network under its first role. loss(): of one micro-batch, with its graph."""
+    """A fake network under the roles of its first expert. loss(phase, n): of one micro-batch of the phase's n-th step,
+    with its graph. It and its backward pass belong inside the phase's role."""
 
-    network: nn.Module
-    blocks: tuple[nn.Module, ...]
     adapters: Adapters
-    role: str
     engine: SingleEngine
-    loss: Callable[[], Tensor]
+    phases: tuple[Phase, ...]
+    loss: Callable[[Phase, int], Tensor]
+    known: "Known"
 
 
 @dataclass(frozen=True)
@@ -55,31 +55,36 @@ class Stage:
 def rehearsed(config: RunConfig, shape: Shape, stage: Stage) -> Iterator[Rehearsal]:
     """Inside, tensors are fake; they stand for the largest questions that the family is asked."""
     family = rehearsable(config.family)
-    role = config.objective.roles(family.experts[:1])[0]
+    roles = config.objective.roles(family.experts[:1])
     with default_dtype(stage.weights):
         network = family.skeleton("meta").requires_grad_(False)
-    paths = target_report(config, network).paths
+    standings = standing_on(config, network, roles)
     for listed, depth in zip(block_lists(family, network), stage.depths, strict=False):
         del listed[depth:]
     there = {path for path, _ in network.named_modules()}
-    adapters = config.adapter.attach(network, [path for path in paths if path in there], (role,), 0)
+    shortened = {
+        role: replace(standing, paths=[path for path in standing.paths if path in there])
+        for role, standing in standings.items()
+    }
+    adapters = attach(network, shortened, 0)
     if by_flash(config.family):
         attend_without_masks(network)
     if stage.sequence > 1:
         family.divide(network, OneOfSequence(stage.sequence, config.parallel.sequence_method))
-    with FakeTensorMode():
+    own = torch.Generator()
+    host = HostChance(own) if config.objective.parts else nullcontext()  # one question decides nothing on the host
+    with FakeTensorMode(allow_non_fake_inputs=True), host:
         let_be_fake(network)
         engine = SingleEngine(torch.device("cpu"), stage.precision, stage.residence)
-        blocks = tuple(family.blocks(network))
-        engine.place(network, blocks).train()
-        asked, model = question(config, shape), Model(network, family, adapters)
+        engine.place(network, tuple(family.blocks(network))).train()
+        known = Known()
+        ask = asked(config, shape, AskedOnce(network, family, adapters, known=known), own)
 
-        def loss() -> Tensor:
+        def loss(phase: Phase, done: int = 0) -> Tensor:
             with engine.computing():
-                return answered(model, asked)
+                return ask(phase, done)
 
-        with adapters.use(role):
-            yield Rehearsal(network, blocks, adapters, role, engine, loss)
+        yield Rehearsal(adapters, engine, phases_of(config), loss, known)
 
 
 def block_lists(family: ModelFamily, network: nn.Module) -> list[nn.ModuleList]:
@@ -109,6 +114,41 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+class HostChance(TorchDispatchMode):
+    """Lets what an objective decides on the host be decided, where tensors are fake: what is drawn by any generator but
+    the micro-batch's own, and what is computed of such draws alone, is real."""
+
+    def __init__(self, own: torch.Generator) -> None:
+        super().__init__()
+        self._own = own
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = kwargs or {}
+        if options.get("generator") is None and any(isinstance(each, FakeTensor) for each in args):
+            return func(*args, **options)  # nearly all that a network does
+        found = leaves((args, options))
+        tensors = [leaf for leaf in found if isinstance(leaf, Tensor)]
+        drawn = any(isinstance(leaf, torch.Generator) and leaf is not self._own for leaf in found)
+        if not drawn and (not tensors or any(isinstance(tensor, FakeTensor) for tensor in tensors)):
+            return func(*args, **options)
+        with unset_fake_temporarily():
+            return func(*args, **options)
+
+
+def leaves(values: Any) -> list[Any]:
+    """What stands in an operator's nested arguments or answers, in no order; quicker than a tree of any kind."""
+    found, waiting = [], [values]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, (list, tuple)):
+            waiting.extend(each)
+        elif isinstance(each, dict):
+            waiting.extend(each.values())
+        else:
+            found.append(each)
+    return found
+
+
 SCRATCH = {torch.ops.aten.logsumexp.default}  # operators that copy their input inside: exp(x - max x)
 
 
@@ -125,16 +165,19 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in SCRATCH and not self._ignoring:
             self.peak = max(self.peak, self.now + args[0].nbytes)
-        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in given:
-                self._see(leaf.untyped_storage())
+        if not self._ignoring:
+            storages = [leaf.untyped_storage() for leaf in leaves(out) if isinstance(leaf, Tensor)]
+            if fresh := [each for each in storages if each._cdata not in self._known]:
+                given = {leaf.untyped_storage()._cdata for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+                for storage in fresh:
+                    if storage._cdata not in given:
+                        self._see(storage)
         return out
 
     def _see(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if self._ignoring or key in self._known:
+        if key in self._known:
             return
         self._known.add(key)
         self.now += size
@@ -152,3 +195,65 @@ class LiveBytes(TorchDispatchMode):
             yield
         finally:
             self._ignoring = before
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a question without a graph takes: bytes at its peak, and the place of its answer in the answer's storage."""
+
+    peak: int
+    numbers: int
+    dtype: torch.dtype
+    place: tuple[tuple[int, ...], tuple[int, ...], int]  # shape, strides, offset
+
+    def again(self, live: LiveBytes) -> Tensor:
+        """An answer, and the account of what it took."""
+        live.peak = max(live.peak, live.now + self.peak)
+        return torch.empty(self.numbers, dtype=self.dtype).as_strided(*self.place)
+
+
+@dataclass
+class Known:
+    """The questions of a phase that were asked without a graph. live: counts the phase's memory; None: nothing does."""
+
+    live: LiveBytes | None = None
+    questions: dict[Hashable, Taken] = field(default_factory=dict)
+
+    @contextmanager
+    def during(self, live: LiveBytes) -> Iterator[None]:
+        """The questions of one phase alone: what it keeps on the way, such as weights in autocast's dtype, is its own."""
+        self.live, self.questions = live, {}
+        try:
+            yield
+        finally:
+            self.live, self.questions = None, {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskedOnce(Model):
+    """A model that is asked each question without a graph once, while memory is counted: a rollout and a guided teacher
+    repeat theirs, and a question of the same shapes takes the same each time."""
+
+    known: Known
+
+    def velocity(self, inputs: Denoise) -> Tensor:
+        live = self.known.live
+        if live is None or torch.is_grad_enabled():
+            return super().velocity(inputs)
+        question = (self.adapters.in_use, inputs.expert, *map(shape_of, (inputs.x, inputs.t, inputs.given)),
+                    *((name, shape_of(tensor)) for name, tensor in sorted(inputs.cond.items())))  # fmt: skip
+        if question in self.known.questions:
+            return self.known.questions[question].again(live)
+        before, peak, live.peak = live.now, live.peak, live.now
+        answer = super().velocity(inputs)
+        storage = answer.untyped_storage().nbytes()
+        stays = live.now - before - storage  # made once, and there the next time
+        place = (tuple(answer.shape), answer.stride(), int(answer.storage_offset()))
+        taken = Taken(live.peak - before - stays, storage // answer.element_size(), answer.dtype, place)
+        self.known.questions[question] = taken
+        live.peak = max(peak, live.peak)
+        return answer
+
+
+def shape_of(tensor: Tensor | None) -> Hashable:
+    return None if tensor is None else (tuple(tensor.shape), tensor.stride(), tensor.dtype)

@@ -17,12 +17,12 @@ def resumed_state(config: RunConfig, inputs: Mapping[str, str], checkpoint: Path
     if checkpoint is None:
         return None
     saved = read_checkpoint(checkpoint)
-    now = {**config.resolved(), "inputs": dict(inputs)}
-    changes = [c for c in diff(completed(saved.config), now) if not is_free(c, config.resume_allow)]
+    before, now = spelled_out(completed(saved.config), {**config.resolved(), "inputs": dict(inputs)})
+    changes = [c for c in diff(before, now) if not is_free(c, config.resume_allow)]
     if changes:
         lines = "\n".join(f"  {c.path}: {c.old!r} -> {c.new!r}" for c in changes)
         paths = sorted({c.path for c in changes})
-        fixed = [path for path in paths if is_under(path, FIXED_ON_RESUME)]
+        fixed = [path for path in paths if is_under(as_of_all(path), FIXED_ON_RESUME)]
         allow = "" if fixed else f", or allow it: resume_allow=[{','.join(paths)}]"
         raise RunError(
             f"{config.folder} cannot go on from {checkpoint.name}: what it is made of has changed since.\n{lines}\n"
@@ -44,6 +44,26 @@ def completed(saved: Mapping[str, Any]) -> Mapping[str, Any]:
         return {**RunConfig.model_validate(plain).resolved(), "inputs": inputs}
     except ValidationError:
         return saved
+
+
+def spelled_out(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two configs with the roles' own sections written out wherever either has one, so that they differ key by key."""
+    roles = [dict(config.get("roles") or {}) for config in (saved, now)]
+    for name in sorted({*roles[0], *roles[1]}):
+        own = [dict(each.get(name) or {}) for each in roles]
+        for section in ("adapter", "optimizer"):
+            if any(each.get(section) for each in own):
+                for each, config in zip(own, (saved, now), strict=True):
+                    each[section] = each.get(section) or config[section]
+        for each, role in zip(roles, own, strict=True):
+            each[name] = role
+    first, second = ({**config, "roles": each} for config, each in zip((saved, now), roles, strict=True))
+    return first, second
+
+
+def as_of_all(path: str) -> str:
+    """adapter.rank for roles.critic.adapter.rank: what a state cannot be fitted to is the same for a role."""
+    return path.split(".", 2)[-1] if path.startswith("roles.") else path
 
 
 def is_free(change: Change, allowed: Sequence[str]) -> bool:

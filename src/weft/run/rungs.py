@@ -32,14 +32,14 @@ class Step:
 class Need:
     """What a process of a run needs for its hungriest shape.
 
-    rehearsed: activations that are known already, by what they depend on; a rehearsal takes seconds. spare: GPUs of
-    this machine, over which weights could be spread.
+    trained: parameters of each role. rehearsed: activations that are known already, by what they depend on; a rehearsal
+    takes seconds. spare: GPUs of this machine, over which weights could be spread.
     """
 
     config: RunConfig
     shape: Shape
     card: Card
-    trainable: int
+    trained: Mapping[str, int]
     estimate: Estimate
     rehearsed: dict[Hashable, int]
     layout: Layout = ALONE
@@ -53,7 +53,7 @@ class Need:
                family.weight_dtype(precision), family.model_dump_json(exclude={"dtype"}))  # fmt: skip
         if key not in self.rehearsed:
             self.rehearsed[key] = activations(config, shape, layout.sequence)
-        total = composed(config, self.rehearsed[key], self.trainable, self.card, layout)
+        total = composed(config, self.rehearsed[key], self.trained, self.card, layout)
         return replace(self, config=config, shape=shape, estimate=total, layout=layout)
 
 
@@ -82,10 +82,14 @@ def offloaded(need: Need, limit: int) -> Step | None:
 
 
 def smaller_moments(need: Need, limit: int) -> Step | None:
-    if need.config.optimizer.kind != "adamw":
-        return None
+    own = {f"roles.{name}.optimizer": role.optimizer for name, role in need.config.roles.items() if role.optimizer}
+    changes = {
+        f"{key}.kind": "adamw8bit"
+        for key, optimizer in {"optimizer": need.config.optimizer, **own}.items()
+        if optimizer.kind == "adamw"
+    }
     cost = "needs bitsandbytes; moments are rounded to 8 bits"
-    return Step("8-bit optimizer", {"optimizer.kind": "adamw8bit"}, cost)
+    return Step("8-bit optimizer", changes, cost) if changes else None
 
 
 def chunked_losses(need: Need, limit: int) -> Step | None:

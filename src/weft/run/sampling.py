@@ -11,7 +11,7 @@ from torch import Tensor
 from weft.contracts import Denoise, Encoders, Engine, Expert, Model, as_video
 from weft.data.loader import padded
 from weft.geometry import VideoGeometry
-from weft.math.flow import TIMESTEPS
+from weft.math.flow import TIMESTEPS, denoised, noised
 from weft.run.shots import Shot, Told
 
 TOKENS_PER_CALL = 40_000  # prompts are denoised together up to this many video tokens
@@ -34,33 +34,79 @@ class Conditions:
         return (torch.arange(frames, device=self.first.device) == 0).expand(len(self.first), frames)
 
 
+@dataclass(frozen=True)
+class Questions:
+    """What all questions about B shots share; guided where the first of them is. told: twice as large when any of its
+    networks is guided."""
+
+    model: Model
+    engine: Engine
+    shot: Shot
+    told: Conditions
+
+    def velocity(self, x: Tensor, time: float) -> Tensor:
+        """dx/dt (B, C, f, h, w) fp32 at a time, under the adapters in use. The time is in double precision: as fp32,
+        900 / 1000 is below the boundary 0.9."""
+        family = as_video(self.model.family)
+        expert = expert_at(time, family.all_experts)
+        guidance = 1.0 if family.embeds_guidance else self.shot.guidance_of(expert)
+        twice = 1 if guidance == 1 else 2
+        items = twice * len(x)
+        given = self.told.given(x.shape[2])
+        question = Denoise(
+            torch.cat([x] * twice), torch.full((items,), time, device=x.device),
+            {name: tensor[:items] for name, tensor in self.told.tensors.items()},
+            None if given is None else torch.cat([given] * twice), expert,
+        )  # fmt: skip
+        with self.engine.computing():
+            velocity = self.model.velocity(question).float()
+        if twice == 1:
+            return velocity
+        conditional, unconditional = velocity.chunk(2)
+        return unconditional + guidance * (conditional - unconditional)
+
+
 @torch.no_grad()
 def denoise(model: Model, engine: Engine, shots: Sequence[Shot], told: Told) -> Tensor:
     """Latents (B, C, f, h, w) of shots that share size, steps and guidance, under the adapters in use."""
     first, family = shots[0], as_video(model.family)
-    geometry = family.geometry()
-    scheduler = family.sampler(first.steps, engine.device)
-    latents = torch.cat([shot.noise(geometry) for shot in shots]).to(engine.device)
     guided = not family.embeds_guidance and any(first.guidance_of(e.name) != 1 for e in family.all_experts)
-    asked = conditions(shots, told, guided, family.embeds_guidance, engine.device)
-    given = asked.given(latents.shape[2])
+    # A student is told what it was told as it learned: the family's own number.
+    embedded = family.embeds_guidance and not (first.step_list and first.guidance == 1)
+    questions = Questions(model, engine, first, conditions(shots, told, guided, embedded, engine.device))
+    if first.step_list is None:
+        return _by_scheduler(questions, shots)
+    return _in_few_steps(questions, shots, first.step_list.times)
+
+
+def _by_scheduler(questions: Questions, shots: Sequence[Shot]) -> Tensor:
+    """Along the model's own sampler."""
+    family, device, known = as_video(questions.model.family), questions.engine.device, questions.told.first
+    scheduler = family.sampler(questions.shot.steps, device)
+    latents = noise_of(shots, family.geometry(), device)
     for timestep in scheduler.timesteps:
-        t = (timestep.float() / TIMESTEPS).to(engine.device)
-        # In double precision: as fp32, 900 / 1000 is below the boundary 0.9.
-        expert = expert_at(float(timestep) / TIMESTEPS, family.all_experts)
-        x = with_first(latents, asked.first)
-        twice = 2 if guided else 1
-        question = Denoise(
-            torch.cat([x] * twice), t.expand(twice * len(x)), asked.tensors,
-            None if given is None else torch.cat([given] * twice), expert,
-        )  # fmt: skip
-        with engine.computing():
-            velocity = model.velocity(question).float()
-        if guided:
-            conditional, unconditional = velocity.chunk(2)
-            velocity = unconditional + first.guidance_of(expert) * (conditional - unconditional)
+        velocity = questions.velocity(with_first(latents, known), float(timestep) / TIMESTEPS)
         latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-    return with_first(latents, asked.first)
+    return with_first(latents, known)
+
+
+def _in_few_steps(questions: Questions, shots: Sequence[Shot], times: Sequence[float]) -> Tensor:
+    """As a few-step student answers: at each time its estimate of the data, mixed with fresh noise to the next; the
+    last is the sample. Yin et al. 2024, arXiv:2405.14867, section 4.5."""
+    geometry, device = as_video(questions.model.family).geometry(), questions.engine.device
+    known = questions.told.first
+    latents = noise_of(shots, geometry, device)
+    for step, time in enumerate(times):
+        if step:
+            latents = noised(latents, noise_of(shots, geometry, device, step), latents.new_tensor([time]))
+        x = with_first(latents, known)
+        latents = denoised(x, x.new_tensor([time]), questions.velocity(x, time))
+    return with_first(latents, known)
+
+
+def noise_of(shots: Sequence[Shot], geometry: VideoGeometry, device: torch.device, step: int = 0) -> Tensor:
+    """(B, C, f, h, w), of each shot its own."""
+    return torch.cat([shot.noise(geometry, step) for shot in shots]).to(device)
 
 
 def expert_at(t: float, experts: Sequence[Expert]) -> str:
@@ -103,7 +149,8 @@ def _alike(shots: Sequence[Shot], geometry: VideoGeometry) -> list[list[int]]:
     groups: dict[tuple[Any, ...], list[list[int]]] = {}
     for i, shot in enumerate(shots):
         most = max(1, TOKENS_PER_CALL // (2 * geometry.tokens(shot.frames, shot.height, shot.width)))
-        alike = (shot.frames, shot.height, shot.width, shot.steps, shot.guidance, shot.guidance_low, shot.image is None)
+        alike = (shot.frames, shot.height, shot.width, shot.steps, shot.guidance, shot.guidance_low, shot.step_list,
+                 shot.image is None)  # fmt: skip
         like = groups.setdefault(alike, [[]])
         if len(like[-1]) == most:
             like.append([])

@@ -54,14 +54,21 @@ def divided(by_block: ByBlock, residence: Residence, experts: int, memory: int |
     return staying + ring, experts * (sum(streaming) + staying)
 
 
-def adapter_bytes(config: RunConfig, trainable: int, layout: Layout = ALONE) -> tuple[int, int]:
+def adapter_bytes(config: RunConfig, trained: Mapping[str, int], layout: Layout = ALONE) -> tuple[int, int]:
     """Weights, gradients, optimizer state and moving average of what is trained, on the device of one process and in
-    its host memory."""
-    engine, state, average = config.engine, STATE_BYTES[config.optimizer.kind], 4 if config.ema else 0
+    its host memory. trained: parameters of each role; gradients are there of one at a time."""
+    engine, numbers = config.engine, sum(trained.values())
+    shown = config.objective.shown(config.family.experts) if config.ema else ()
+    average = 4 * sum(count for role, count in trained.items() if role in shown)
     if isinstance(engine, DeepSpeed):  # beside weights and gradients it has a part of both, and the moments of that
-        part = -(-trainable // layout.world)
-        moved = part * (8 + state)
-        own = trainable * (8 + average)
+        parts = {role: -(-count // layout.world) for role, count in trained.items()}
+        moved, own = 8 * sum(parts.values()) + moments(config, parts), 8 * numbers + average
         return (own, moved) if engine.offload_optimizer else (own + moved, 0)
     processes = layout.shard * layout.sequence if layout.shard > 1 else 1
-    return -(-trainable * (8 + state + average) // processes), 0
+    gradients = 4 * max(trained.values(), default=0)
+    return -(-(4 * numbers + gradients + moments(config, trained) + average) // processes), 0
+
+
+def moments(config: RunConfig, trained: Mapping[str, int]) -> int:
+    """Bytes of the optimizers' states."""
+    return sum(count * STATE_BYTES[config.optimizer_of(role).kind] for role, count in trained.items())

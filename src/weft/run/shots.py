@@ -1,7 +1,7 @@
 """What to generate: prompts with their sizes, first frames and noise, and what the encoders make of them."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from weft.contracts import Encoders, VideoFamily
 from weft.data.media import read_image
 from weft.errors import ConfigError, DataError
+from weft.few_steps import StepList
 from weft.geometry import VideoGeometry
 from weft.math.chance import generator
 from weft.run.config import Samples
@@ -20,7 +21,8 @@ from weft.run.config import Samples
 class Shot:
     """One video to generate. guidance g: u + g(c - u), Wan's convention; at 1 the negative prompt costs nothing.
 
-    guidance_low: of the low expert, where it differs. image: the first frame of an image-to-video model.
+    guidance_low: of the low expert, where it differs. image: the first frame of an image-to-video model. step_list:
+    the times at which a few-step student is asked; None: as many steps as the model's own sampler is to take.
     """
 
     prompt: str
@@ -33,11 +35,14 @@ class Shot:
     guidance_low: float | None = None
     seed: int
     image: Path | None = None
+    step_list: StepList | None = None
 
-    def noise(self, geometry: VideoGeometry) -> Tensor:
-        """(1, C, f, h, w) fp32 that depends on the seed and the size alone: the same before and after training."""
+    def noise(self, geometry: VideoGeometry, step: int = 0) -> Tensor:
+        """(1, C, f, h, w) fp32 that depends on the seed and the size alone: the same before and after training. step:
+        before which fresh noise is mixed in; 0: the noise that the sample begins with."""
         shape = geometry.latent_shape(self.frames, self.height, self.width)
-        return torch.randn((1, *shape), generator=generator("cpu", self.seed, "sample"))
+        place = ("sample", step) if step else ("sample",)
+        return torch.randn((1, *shape), generator=generator("cpu", self.seed, *place))
 
     def guidance_of(self, expert: str) -> float:
         return self.guidance if expert != "low" or self.guidance_low is None else self.guidance_low
@@ -59,6 +64,12 @@ def shots_of(samples: Samples) -> list[Shot]:
              guidance=s.guidance, guidance_low=s.guidance_low, seed=s.seed + i, image=prompt.image)
         for i, prompt in enumerate(s.prompts)
     ]  # fmt: skip
+
+
+def in_few_steps(shot: Shot, steps: StepList, guidance: Mapping[str, float]) -> Shot:
+    """The shot as a few-step student makes it. guidance: of each network, by the experts' names in their order."""
+    first, *low = guidance.values()
+    return replace(shot, steps=len(steps.times), step_list=steps, guidance=first, guidance_low=low[0] if low else None)
 
 
 def check_shots(family: VideoFamily, shots: Sequence[Shot], place: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy
 
-from weft.contracts import Encoders
+from weft.contracts import Distilled, Encoders
 from weft.data.media import contact_sheet, write_video
 from weft.events import Listener, PhaseStarted, Sampled
 from weft.run.config import RunConfig
@@ -14,7 +14,7 @@ from weft.run.evaluate import averaged, in_use, resting
 from weft.run.learner import Learner
 from weft.run.sampling import decoded, generate
 from weft.run.shortage import naming
-from weft.run.shots import Told, encoded, shots_of
+from weft.run.shots import Shot, Told, encoded, in_few_steps, shots_of
 from weft.run.stage import staged
 
 
@@ -49,8 +49,24 @@ class Gallery:
         with naming("sampling", learner.engine.device):
             return self._sample(learner, adapter)
 
+    def shots(self, adapter: bool) -> list[Shot]:
+        """What is generated. A few-step student is asked at its own times and without guidance; its teacher, the base,
+        as samples say, and so is another expert that has no student."""
+        samples, objective, family = self.config.samples, self.config.objective, self.config.family
+        shots = shots_of(samples)
+        if not adapter or not isinstance(objective, Distilled):
+            return shots
+        names = [expert.name for expert in family.all_experts]
+        trained = [expert.name for expert in family.experts]
+        others = [name for name in names if name not in trained] if samples.experts == "all" else []
+        steps = objective.step_list(family)
+        return [
+            in_few_steps(shot, steps, {name: shot.guidance_of(name) if name in others else 1.0 for name in names})
+            for shot in shots
+        ]
+
     def _sample(self, learner: Learner, adapter: bool) -> list[Path]:
-        shots = shots_of(self.config.samples)
+        shots = self.shots(adapter)
         if not shots:
             return []
         self.tell(PhaseStarted(phase="sampling", total=len(shots)))

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from weft.contracts import Engine
+from weft.contracts import Engine, Validated
 from weft.data.cache import CacheStatus
 from weft.durable import write_whole
 from weft.engines.peers import LOST_PEER, lost_peer
@@ -85,7 +85,9 @@ def train_run(
                 run.tell(started(config, learner, checkpoint))
                 keeper.before_start(learner)
                 run.tell(PhaseStarted(phase="training", total=config.schedule.steps))
-                finished = train(learner, stream, Course(config.schedule, keeper, run.tell, stop))
+                rates = {name: config.rate_of(name) for name in learner.optimizers}
+                course = Course(config.schedule, keeper, run.tell, stop, rates=rates)
+                finished = train(learner, stream, course)
                 result = conclude(learner, keeper, finished)
                 run.tell(RunEnded(step=learner.step, outcome="finished" if finished else "stopped"))
             return result
@@ -161,7 +163,7 @@ def fill_cache(config: RunConfig, survey: Any, tell: Listener) -> CacheStatus:
     engine = config.engine.open()
     for sentence in survey.notices:
         tell(Notice(text=sentence))
-    store = config.data.store(survey, config.family.identity())
+    store = config.data.store(survey, config.family.identity(), config.objective.texts)
     with explained(config), naming("caching", engine.device):
         filled = store.fill(lambda: config.family.encoders(engine.device, engine.carry), tell)
     if filled.damaged:
@@ -191,7 +193,12 @@ def prepare(
     learner = assemble(config, engine)
     learner.stream = [dataset.train]
     evaluator = None
-    if survey.validation and config.validation.every:
+    measured = isinstance(config.objective, Validated)
+    if survey.validation and config.validation.every and not measured:
+        tell(
+            Notice(text=f"validation: objective '{config.objective.kind}' has no loss to measure; look at the samples")
+        )
+    if survey.validation and config.validation.every and measured:
         batches, failed = dataset.validation()
         for item in failed:
             tell(Notice(text=f"validation: {item.key} cannot be measured: {item.reason}"))

@@ -1,7 +1,7 @@
 """The loop: draw micro-batches, sum their gradients, move the optimizers of the phase; all kinds of training run it."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -12,6 +12,7 @@ from weft.events import Listener, StepEnded
 from weft.math.schedule import lr_factor
 from weft.run.config import Schedule
 from weft.run.learner import Learner
+from weft.run.roles import Rate
 from weft.run.shortage import naming
 from weft.run.stopwatch import Stopwatch
 
@@ -45,6 +46,7 @@ class Course:
     """How a run goes: its length and rates, what happens between steps, who hears of it, and what ends it early.
 
     wait: called before the clock is read; set only where exact parts of a step are worth waiting for the device.
+    rates: of optimizers whose learning rate moves otherwise than the schedule says.
     """
 
     schedule: Schedule
@@ -52,6 +54,12 @@ class Course:
     tell: Listener
     stop: Callable[[], bool] = lambda: False
     wait: Callable[[], None] | None = None
+    rates: Mapping[str, Rate] = field(default_factory=dict)
+
+    def rate(self, optimizer: str) -> Rate:
+        """How an optimizer's learning rate moves."""
+        s = self.schedule
+        return self.rates.get(optimizer) or Rate(s.curve, s.warmup, s.floor, s.max_norm)
 
 
 def train(learner: Learner, stream: Sequence[Experience], course: Course) -> bool:
@@ -92,7 +100,7 @@ def train(learner: Learner, stream: Sequence[Experience], course: Course) -> boo
 def run_phase(phase: Phase, learner: Learner, feed: Iterator[Batch], course: Course, watch: Stopwatch) -> Outcome:
     """One backward pass under one role, and the optimizers that it moves."""
     objective, engine, schedule = learner.objective, learner.engine, course.schedule
-    set_learning_rates(learner, phase, schedule)
+    set_learning_rates(learner, phase, course)
     batches = [engine.put(next(feed)) for _ in range(schedule.accumulate)]
     learner.drawn += len(batches) * engine.data_world
     watch.lap("data")
@@ -109,12 +117,12 @@ def run_phase(phase: Phase, learner: Learner, feed: Iterator[Batch], course: Cou
                 loss = objective.loss(phase.name, learner.model, batch, learner.state, rng)
             watch.lap("forward")
             with naming("backward", engine.device, shape):
-                engine.backward(loss.total / items, last=i == len(batches) - 1)
+                engine.backward(loss.total / items, last=i == len(batches) - 1, optimizers=phase.optimizers)
             watch.lap("backward")
             for name, value in {"loss": loss.total, **loss.metrics}.items():
                 sums[name] = sums.get(name, torch.zeros((), device=engine.device)) + value.detach()
     with naming("optimizer", engine.device, shape_of(batches[0])):
-        steps = {name: engine.step(learner.optimizers[name], schedule.max_norm) for name in phase.optimizers}
+        steps = {name: engine.step(learner.optimizers[name], course.rate(name).max_norm) for name in phase.optimizers}
     watch.lap("optimizer")
     totals = engine.total(torch.stack(list(sums.values()))) / items
     means = {f"{phase.name}/{name}": value for name, value in zip(sums, totals.tolist(), strict=True)}
@@ -123,8 +131,8 @@ def run_phase(phase: Phase, learner: Learner, feed: Iterator[Batch], course: Cou
 
 
 def shape_of(batch: Batch) -> tuple[int, ...] | None:
-    """Shape of a batch's latents, or of its rows of tokens: what a shortage of memory is told with."""
-    main = batch.tensors.get("latents", batch.tensors.get("ids"))
+    """Shape of a batch's latents, blank or not, or of its rows of tokens: what a shortage of memory is told with."""
+    main = next((batch.tensors[name] for name in ("latents", "blank", "ids") if name in batch.tensors), None)
     return None if main is None else tuple(main.shape)
 
 
@@ -141,12 +149,13 @@ def settle(phase: Phase, learner: Learner, outcome: Outcome, course: Course) -> 
     return {f"{phase.role}/{name}": value for name, value in logged.items()}
 
 
-def set_learning_rates(learner: Learner, phase: Phase, schedule: Schedule) -> None:
+def set_learning_rates(learner: Learner, phase: Phase, course: Course) -> None:
     """Each group's rate from its own base, as a pure function of the step: the phase's own, so that an expert that
-    trains in the second half has its warm-up too."""
+    trains in the second half has its warm-up too, and a student that moves now and then its whole curve."""
     done, of = learner.pace.done(phase.name, learner.step), learner.pace.of(phase.name)
-    factor = lr_factor(done, of, schedule.warmup, schedule.curve, schedule.floor)
     for name in phase.optimizers:
+        rate = course.rate(name)
+        factor = lr_factor(done, of, rate.warmup, rate.curve, rate.floor)
         for group in learner.optimizers[name].param_groups:
             group["lr"] = group["base_lr"] * factor
 
