@@ -267,9 +267,17 @@ def test_inputs_of_data_are_refused_captions_alone(plain):
 
 
 def test_first_frames_are_refused_captions_alone(world, tmp_path):
-    config = config_of(distilling(tmp_path, model_of("ti2v", tmp_path, world), CAPTIONS), objective={"first_frame": 0.5})
+    config = config_of(
+        distilling(tmp_path, model_of("ti2v", tmp_path, world), CAPTIONS), objective={"first_frame": 0.5}
+    )
     with pytest.raises(ConfigError, match=r"captions alone, but objective\.first_frame is 0\.5"):
         check(config)
+
+
+def test_targets_that_a_role_alone_names_are_refused_by_its_own_key(plain):
+    roles = {"critic": {"adapter": {"kind": "full", "targets": "all"}, "warmup": 0}}
+    with pytest.raises(ConfigError, match=r"^roles\.critic\.adapter\.targets: 'all' matches no linear layer"):
+        check(RunConfig.model_validate({**config_of(plain).resolved(), "roles": roles}))
 
 
 def test_a_student_that_would_never_move_is_refused(plain):

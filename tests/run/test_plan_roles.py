@@ -13,7 +13,7 @@ from tests.learners import learner_of
 from tests.small import config_of, make_wan
 from weft.cli.bench import largest_shape
 from weft.cli.plan import print_plan
-from weft.contracts import Rng
+from weft.contracts import Model, Rng
 from weft.data.buckets import Bucket
 from weft.engines.parallel import Layout
 from weft.errors import ConfigError
@@ -24,7 +24,7 @@ from weft.run.ladder import changed_config
 from weft.run.parts import moves_of, ordinal, parts_of, trained_of
 from weft.run.plan import Plan, disk_bytes, plan
 from weft.run.questions import latents_of, phases_of, told
-from weft.run.rehearsal import LiveBytes
+from weft.run.rehearsal import AskedOnce, LiveBytes
 from weft.run.rungs import Need, smaller_moments
 from weft.run.shares import adapter_bytes
 
@@ -95,6 +95,28 @@ def test_each_phase_is_rehearsed_as_it_goes_rollout_teacher_and_critic_included(
         assert found[phase].peak == pytest.approx(real.peak, rel=tolerance)
     if not change:  # the student's graph waits while critic and teacher are asked; the critic's phase asks nobody then
         assert found["student"].peak > found["critic"].peak
+
+
+@pytest.mark.parametrize("change", [
+    {"objective": {"critic_guidance": 2.0}}, {"engine": {"precision": "bf16"}, "adapter": {"backend": "peft"}},
+])  # fmt: skip
+def test_a_question_without_a_graph_takes_the_same_each_time_so_it_is_rehearsed_once(
+    small, tmp_path, monkeypatch, change
+):
+    """Twelve questions of a rollout of four steps, a guided teacher and a critic are seven or eight."""
+    config, asked = dmd_config(tmp_path, small, **change), []
+    forward = type(config.family).forward
+
+    def counted(*args: Any) -> Any:
+        asked.append(1)
+        return forward(*args)
+
+    monkeypatch.setattr(type(config.family), "forward", counted)
+    once = held_by_phase(config, SMALL)
+    few = len(asked)
+    monkeypatch.setattr(AskedOnce, "velocity", Model.velocity)
+    assert held_by_phase(config, SMALL) == once
+    assert len(asked) - few > few
 
 
 def test_a_model_that_takes_a_clean_frame_is_rehearsed_with_one(tmp_path):

@@ -24,7 +24,13 @@ from weft.run.pace import Pace
 def target_report(config: RunConfig, network: nn.Module, role: str | None = None) -> TargetReport:
     """Which modules the adapter stands on, or that of a role. Raises ConfigError for a pattern that matches nothing."""
     adapter, family = config.adapter if role is None else config.adapter_of(role), config.family
-    return adapter.match(adapter.layers(network), family.targets, family.aliases)
+    try:
+        return adapter.match(adapter.layers(network), family.targets, family.aliases)
+    except ConfigError as error:
+        if role is None or adapter is config.adapter:
+            raise
+        key = role if role in config.roles else role.partition("_")[0]
+        raise ConfigError(*(f"roles.{key}.{problem}" for problem in error.problems)) from None
 
 
 def check_engine(config: RunConfig, engine: Engine) -> None:

@@ -137,7 +137,7 @@ def held_by_phase(config: RunConfig, shape: Shape, sequence: int = 1) -> dict[st
     depth = equal_blocks(config)
     precision = precision_of(config)
     stage = Stage(FULL[config.family.weight_dtype(precision)], precision, residence, (), sequence)
-    if depth <= DEPTH + 1:
+    if depth <= 2 * DEPTH:  # as many as in short, or fewer
         return rehearsed_bytes(config, shape, stage)
     short, longer = (rehearsed_bytes(config, shape, replace(stage, depths=(n,))) for n in (DEPTH, DEPTH + 1))
     return {phase: short[phase].further(longer[phase], depth - DEPTH) for phase in short}

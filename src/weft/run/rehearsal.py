@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from weft.adapters.attach import attach
+from weft.adapters.named import NamedAdapters
 from weft.contracts import Adapters, Denoise, Model, ModelFamily, Phase
 from weft.engines.residency import Residence
 from weft.engines.single_device import SingleEngine
@@ -78,7 +79,7 @@ def rehearsed(config: RunConfig, shape: Shape, stage: Stage) -> Iterator[Rehears
         engine = SingleEngine(torch.device("cpu"), stage.precision, stage.residence)
         engine.place(network, tuple(family.blocks(network))).train()
         known = Known()
-        ask = asked(config, shape, AskedOnce(network, family, adapters, known=known), own)
+        ask = asked(config, shape, AskedOnce(network, family, adapters=adapters, known=known), own)
 
         def loss(phase: Phase, done: int = 0) -> Tensor:
             with engine.computing():
@@ -114,6 +115,16 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+DEVICE = torch.ops.prim.device.default  # asked more often than all else, by every operator of fake tensors
+
+
+def device_of(tensor: Tensor) -> torch.device:
+    """What a fake tensor answers, without the way through all modes."""
+    if isinstance(tensor, FakeTensor) and not tensor.fake_mode.in_kernel_invocation:
+        return tensor.fake_device
+    return DEVICE(tensor)
+
+
 class HostChance(TorchDispatchMode):
     """Lets what an objective decides on the host be decided, where tensors are fake: what is drawn by any generator but
     the micro-batch's own, and what is computed of such draws alone, is real."""
@@ -123,6 +134,8 @@ class HostChance(TorchDispatchMode):
         self._own = own
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is DEVICE:
+            return device_of(args[0])
         options = kwargs or {}
         if options.get("generator") is None and any(isinstance(each, FakeTensor) for each in args):
             return func(*args, **options)  # nearly all that a network does
@@ -163,6 +176,8 @@ class LiveBytes(TorchDispatchMode):
         self._ignoring = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is DEVICE:
+            return device_of(args[0])
         if func in SCRATCH and not self._ignoring:
             self.peak = max(self.peak, self.now + args[0].nbytes)
         out = func(*args, **(kwargs or {}))
@@ -221,7 +236,8 @@ class Known:
 
     @contextmanager
     def during(self, live: LiveBytes) -> Iterator[None]:
-        """The questions of one phase alone: what it keeps on the way, such as weights in autocast's dtype, is its own."""
+        """The questions of one phase alone: what it keeps on the way, such as weights that autocast has cast, is its
+        own."""
         self.live, self.questions = live, {}
         try:
             yield
@@ -234,6 +250,7 @@ class AskedOnce(Model):
     """A model that is asked each question without a graph once, while memory is counted: a rollout and a guided teacher
     repeat theirs, and a question of the same shapes takes the same each time."""
 
+    adapters: NamedAdapters
     known: Known
 
     def velocity(self, inputs: Denoise) -> Tensor:
