@@ -36,8 +36,8 @@ from weft.families.loading import model_folder
 from weft.run.assemble import assemble
 from weft.run.config import RunConfig, parse_config
 from weft.run.estimate import estimate
-from weft.run.ladder import trainable_of
 from weft.run.learner import Learner
+from weft.run.parts import trained_of
 from weft.run.rehearsal import LiveBytes
 
 # blocks, heads of 128, width of the feed-forward layers, channels of the latents, default size
@@ -119,7 +119,7 @@ def step(learner: Learner, batch: Batch) -> None:
     (phase,) = learner.objective.phases(0, learner.experts)
     with learner.model.adapters.use(phase.role):
         with learner.engine.computing():
-            rng = learner.rng(phase.name, 0)
+            rng = learner.rng(phase.name, 0, 1)
             loss = learner.objective.loss(phase.name, learner.model, batch, NoState(), rng)
         learner.engine.backward(loss.total, last=True)
     learner.engine.step(learner.optimizers[phase.optimizers[0]], 1.0)
@@ -146,7 +146,7 @@ def kept_bytes(learner: Learner, batch: Batch) -> int:
 
         inputs.pack = both
     with learner.model.adapters.use(phase.role), saved_tensors_hooks(pack, lambda t: t), learner.engine.computing():
-        rng: Rng = learner.rng(phase.name, 0)
+        rng: Rng = learner.rng(phase.name, 0, 1)
         loss = learner.objective.loss(phase.name, learner.model, batch, NoState(), rng)
     total = sum(t.untyped_storage().nbytes() for t in seen.values())
     del loss
@@ -204,7 +204,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "waiting": learner.engine.inputs.moved // (arguments.steps + 1 + cuda)
         if learner.engine.inputs is not None
         else 0,
-        "estimate": estimate(config, [bucket], trainable_of(config))[bucket].total,
+        "estimate": estimate(config, [bucket], trained_of(config))[bucket].total,
     }
     if cuda:
         found["activations"] = None
@@ -224,7 +224,7 @@ def peak_of_activations(learner: Learner, batch: Batch) -> int:
         if learner.engine.inputs is not None:
             learner.engine.inputs.host_memory = live.ignoring
         with learner.engine.computing():
-            loss = learner.objective.loss(phase.name, learner.model, batch, NoState(), learner.rng(phase.name, 0))
+            loss = learner.objective.loss(phase.name, learner.model, batch, NoState(), learner.rng(phase.name, 0, 1))
         learner.engine.backward(loss.total, last=True)
     return live.peak
 
