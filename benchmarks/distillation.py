@@ -50,10 +50,10 @@ class Manner:
         return self.steps * (1 if self.guidance == 1 else 2)
 
 
-def scenes(split: str, count: int) -> list[Scene]:
-    """So many different scenes of one side of the tiny world's split."""
+def scenes(split: str, count: int, noises: int) -> list[Scene]:
+    """So many different scenes of one side of the tiny world's split, each once for each noise that begins a video."""
     whole = [scene for scene in every_scene() if is_held_out(scene) == (split == "held-out")]
-    return Random(0).sample(whole, min(count, len(whole)))
+    return Random(0).sample(whole, min(count, len(whole))) * noises
 
 
 def distil(arguments: argparse.Namespace) -> float:
@@ -93,7 +93,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list[t
     steps = chosen.step_list
     assert steps is not None, "the adapter's header has no list of steps"
     applied = apply_chosen(chosen, arguments.device, "auto")
-    asked = scenes(arguments.split, arguments.videos)
+    asked = scenes(arguments.split, arguments.captions, arguments.noises)
     g, n = chosen.config["objective"]["guidance"], len(steps.times)
     manners = [
         Manner("teacher", 40, g), Manner("base", n, 1.0), Manner("base, guided", n, g),
@@ -123,7 +123,8 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--split", default="known", choices=["known", "held-out"], help="combinations to judge on")
-    parser.add_argument("--videos", type=int, default=216, help="captions that are judged, at most")
+    parser.add_argument("--captions", type=int, default=216, help="that are judged, at most")
+    parser.add_argument("--noises", type=int, default=1, help="videos of each caption")
     parser.add_argument("--shown", type=int, default=4, help="captions on the sheet")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the example's config")
     parser.add_argument("--measure-only", action="store_true", help="of a run that is there")
@@ -140,7 +141,8 @@ def main() -> None:
             "overrides": arguments.overrides,
             "seconds_of_training": None if seconds is None else round(seconds),
             "split": arguments.split,
-            "videos": len(scenes(arguments.split, arguments.videos)), "rows": rows,
+            "captions": arguments.captions,
+            "noises": arguments.noises, "rows": rows,
         }  # fmt: skip
         arguments.json.write_text(json.dumps(facts, indent=1) + "\n")
 

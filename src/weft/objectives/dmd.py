@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from weft.errors import ConfigError
 from weft.few_steps import MOST_STEPS, StepList
 from weft.objectives.flow_matching import LogitNormal, Shift, Sigmoid, Uniform
+from weft.objectives.ranges import in_common, refuse_empty, refuse_first_frame
 from weft.section import Section
 
 if TYPE_CHECKING:
@@ -99,23 +101,13 @@ class Dmd(Section):
     def check(self, family: "ModelFamily") -> None:
         """Raises ConfigError for what does not go with the family."""
         from weft.contracts import as_video
-        from weft.errors import ConfigError
 
-        if self.first_frame and as_video(family).image != "frames":
-            raise ConfigError(
-                f"objective.first_frame: {self.first_frame:g} was asked for, but this model takes no clean latent "
-                "frame; TI2V-5B does. Leave the key out."
-            )
+        refuse_first_frame(self.first_frame, as_video(family).image)
+        refuse_empty(self.times, family.experts)
         if self.guidance_low is not None and "low" not in [expert.name for expert in family.all_experts]:
             raise ConfigError("objective.guidance_low: this model has one network. Leave it out.")
         steps = self.step_list(family)
         for expert in family.experts:
-            low, high = self.range_of(expert)
-            if low >= high:
-                raise ConfigError(
-                    f"objective.times: {list(self.times)} and the times of expert '{expert.name}', "
-                    f"{list(expert.times)}, have nothing in common. Leave objective.times out."
-                )
             if not self.rollout(expert, family).exits:
                 raise ConfigError(
                     f"objective.steps: none of the student's {steps} is a time of expert "
@@ -144,7 +136,7 @@ class Dmd(Section):
 
     def range_of(self, expert: "Expert") -> tuple[float, float]:
         """The times at which an expert's teacher and critic look."""
-        return max(self.times[0], expert.times[0]), min(self.times[1], expert.times[1])
+        return in_common(self.times, expert)
 
     @property
     def texts(self) -> Mapping[str, str]:

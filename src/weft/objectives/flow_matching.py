@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from weft.errors import ConfigError
+from weft.objectives.ranges import in_common, refuse_empty, refuse_first_frame
 from weft.section import Section
 
 if TYPE_CHECKING:
@@ -123,20 +125,9 @@ class FlowMatching(Section):
     def check(self, family: "ModelFamily") -> None:
         """Raises ConfigError for what does not go with the family."""
         from weft.contracts import as_video
-        from weft.errors import ConfigError
 
-        if self.first_frame and as_video(family).image != "frames":
-            raise ConfigError(
-                f"objective.first_frame: {self.first_frame:g} was asked for, but this model takes no clean latent "
-                "frame; TI2V-5B does. Leave the key out."
-            )
-        for expert in family.experts:
-            low, high = self.range_of(expert)
-            if low >= high:
-                raise ConfigError(
-                    f"objective.times: {list(self.times)} and the times of expert '{expert.name}', "
-                    f"{list(expert.times)}, have nothing in common. Leave objective.times out to train all of them."
-                )
+        refuse_first_frame(self.first_frame, as_video(family).image)
+        refuse_empty(self.times, family.experts)
         if not self.measured(family.experts):
             raise ConfigError(
                 f"objective.validation_times: none of {list(self.validation_times or ())} is a time of "
@@ -145,7 +136,7 @@ class FlowMatching(Section):
 
     def range_of(self, expert: "Expert") -> tuple[float, float]:
         """The times that an expert is trained at."""
-        return max(self.times[0], expert.times[0]), min(self.times[1], expert.times[1])
+        return in_common(self.times, expert)
 
     def roles(self, experts: "Sequence[Expert]") -> tuple[str, ...]:
         return tuple(expert.name for expert in experts)

@@ -16,7 +16,7 @@ from weft.run.config import RunConfig
 @dataclass(frozen=True)
 class Part:
     """One role. recipe: its adapter in words. lr: at the top of its curve. steps: how many of the run's move it.
-    every: at every so-many-th step, while it is its expert's turn."""
+    every: at every so-many-th of its expert's own steps."""
 
     role: str
     recipe: str
@@ -36,12 +36,14 @@ def parts_of(config: RunConfig, skeleton: nn.Module) -> tuple[Part, ...]:
     """The parts of all experts in their order. skeleton: the network of any of them, without weights."""
     moves = moves_of(config)
     parts = []
-    for role in config.objective.roles(config.family.experts):
-        recipe, targets, steps = config.adapter_of(role), target_report(config, skeleton, role), moves.get(role, [])
-        gaps = [later - earlier for earlier, later in pairwise(steps)]
-        every = min(gaps, default=config.schedule.steps)
-        lr, numbers = config.optimizer_of(role).lr, recipe.trainable(targets)
-        parts.append(Part(role, recipe.summary(), targets, numbers, lr, len(steps), every))
+    for expert in config.family.experts:
+        roles = config.objective.roles((expert,))
+        own = {step: i for i, step in enumerate(sorted({step for role in roles for step in moves.get(role, [])}))}
+        for role in roles:
+            recipe, targets, steps = config.adapter_of(role), target_report(config, skeleton, role), moves.get(role, [])
+            every = min((own[later] - own[earlier] for earlier, later in pairwise(steps)), default=len(own))
+            lr, numbers = config.optimizer_of(role).lr, recipe.trainable(targets)
+            parts.append(Part(role, recipe.summary(), targets, numbers, lr, len(steps), every))
     return tuple(parts)
 
 
