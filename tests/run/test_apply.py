@@ -1,9 +1,12 @@
 """An adapter used again: as the start of another run, and by `weft sample`."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tests.small import config_of, merged
 from weft.cli.sample import run as sample
@@ -78,3 +81,14 @@ def test_sample_on_another_base_says_that_the_layers_are_not_there(trained, tmp_
     other = make_wan(tmp_path / "other", layers=1)
     with pytest.raises(ModelError, match=r"this base has no 'blocks\.1\."):
         sample([str(trained), "--prompt", "x", "--out", str(tmp_path / "out"), "--base", str(other), *SIZE])
+
+
+def test_a_header_by_another_version_is_refused_in_one_sentence(trained):
+    config = {"family": {"kind": "wan", "source": "tiny-wan", "subfolder": "transformer"}}
+    for file in trained.glob("*.safetensors"):
+        tensors = load_file(file)
+        with safe_open(file, "pt") as opened:
+            metadata = {**opened.metadata(), "weft.config": json.dumps(config)}
+        save_file(tensors, file, metadata)
+    with pytest.raises(ConfigError, match=r"this version of Weft does not know: subfolder\. It was written by another"):
+        sample([str(trained), "--prompt", "a red fox"])

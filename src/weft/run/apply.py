@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import nn
 
 from weft import plugins
@@ -151,10 +152,23 @@ def base_family(config: Mapping[str, Any], source: str | None) -> Any:
 
 
 def trained_family(config: Mapping[str, Any], source: str | None) -> Any:
-    """The family section of a training run, with another source when one is given."""
+    """The family section of a training run, with another source when one is given.
+
+    Raises ConfigError for a header by another version of Weft, whose words for a base this one does not know.
+    """
     facts = {**config["family"], **({"source": source} if source else {})}
     facts.pop("kernels", None)  # of the machine that trained; those of another compute the same
-    return plugins.section_types("family")[facts["kind"]](**facts)
+    section = plugins.section_types("family").get(facts.get("kind", ""))
+    try:
+        if section is not None:
+            return section(**facts)
+        problem = f"kind '{facts.get('kind')}'"
+    except ValidationError as error:
+        problem = ", ".join(".".join(map(str, each["loc"])) or each["msg"] for each in error.errors())
+    raise ConfigError(
+        f"the header of the adapter says of its base what this version of Weft does not know: {problem}. It was "
+        "written by another version; train it on with that one, or export it there."
+    )
 
 
 def choose(paths: Sequence[Path], source: str | None, strength: float | Sequence[float] = 1.0) -> Chosen:
