@@ -133,7 +133,7 @@ def test_a_model_is_distilled_on_captions_alone_at_the_size_that_it_is_sampled_i
     assert (config.objective.kind, config.data.kind, config.data.files) == ("dmd", "prompts", (captions,))
     assert (*config.data.buckets.sizes[0], *config.data.buckets.frames) == known.sample
     assert [prompt.text for prompt in config.samples.prompts] == ["a red square", "a blue circle: it moves"]
-    assert config.optimizer_of("student").lr == pytest.approx(5 * config.optimizer_of("critic").lr)
+    assert config.optimizer_of("critic").lr == pytest.approx(4 * config.optimizer_of("student").lr)
     assert config.optimizer_of("student").betas == config.optimizer_of("critic").betas == (0.0, 0.999)
 
 

@@ -11,7 +11,7 @@ from weft.data.prompt_files import read_prompts
 from weft.errors import ConfigError, DataError, did_you_mean
 
 RANK = 64  # of VideoX-Fun's LoRA distillation; a concept's is half of it
-CRITIC_SHARE = 5  # the student's learning rate over the critic's: 2e-6 and 4e-7 in Self-Forcing
+CRITIC_FASTER = 4  # the critic's learning rate over the student's: docs/guides/distillation.md
 EVERY = 5  # steps of the critic for one of the student: DMD2, Self-Forcing
 LONGER = 3  # than a concept's run: at every fifth step alone the student moves
 SHOWN = 2  # captions that are sampled while training
@@ -45,7 +45,7 @@ def adapter_lines() -> Lines:
 def learning_lines(known: KnownModel) -> Lines:
     """Objective, optimizers and schedule. The rates of known models are a fifth of a concept's: a LoRA takes more than
     whole weights do, and less here than where the target stands still."""
-    steps, lr, critic_lr = LONGER * known.steps, rounded(known.lr / 5), rounded(known.lr / 5 / CRITIC_SHARE)
+    steps, lr, critic_lr = LONGER * known.steps, rounded(known.lr / 5), rounded(known.lr / 5 * CRITIC_FASTER)
     low = [(f"  guidance_low: {known.guidance_low}", "of the low network's teacher")] if known.guidance_low else []
     turns = [("  turn: 50", "steps of one network's student and critic before the other's turn")]
     return [
@@ -73,7 +73,7 @@ def learning_lines(known: KnownModel) -> Lines:
         ("      kind: adamw", ""),
         (
             f"      lr: {inline(critic_lr)}",
-            f"1/{CRITIC_SHARE} of the student's in Self-Forcing, 1/10 in VideoX-Fun",
+            f"{CRITIC_FASTER} times the student's: a LoRA must keep up; whole weights take 1/5, as in Self-Forcing",
         ),
         ("      betas: [0.0, 0.999]", "as the student's"),
         ("", ""),
