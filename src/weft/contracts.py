@@ -272,6 +272,11 @@ class Distilled(Protocol):
         """The times at which the student is asked."""
         ...
 
+    @property
+    def teaching(self) -> str:
+        """What its teacher is asked with, for a plan."""
+        ...
+
     def needs_clips(self, family: ModelFamily) -> str | None:
         """Why captions alone are not enough to train on; None when they are."""
         ...

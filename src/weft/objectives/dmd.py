@@ -115,6 +115,12 @@ class Dmd(Section):
                     "other expert alone."
                 )
 
+    @property
+    def teaching(self) -> str:
+        """The teacher's guidance with its convention, for a plan."""
+        low = "" if self.guidance_low is None else f", of the low expert {self.guidance_low:g}"
+        return f"teacher's guidance {self.guidance:g}{low} (u + g (c - u))"
+
     def needs_clips(self, family: "ModelFamily") -> str | None:
         """Why captions alone are not enough to train on; None when they are."""
         if self.inputs == "data":

@@ -8,7 +8,6 @@ from torch import nn
 
 from weft.adapters.targets import TargetReport
 from weft.contracts import Distilled, as_video
-from weft.objectives.dmd import Dmd
 from weft.run.assemble import target_report
 from weft.run.config import RunConfig
 
@@ -79,10 +78,7 @@ def distilled(config: RunConfig) -> list[str]:
     own = "the model's own" if steps.shift == model else f"the model's own is {model:g}"
     times = ", ".join(f"{time:.4g}" for time in steps.times)
     way = f"Steps of the student: {times} (shift {steps.shift:g}, {own})"
-    if not isinstance(objective, Dmd):
-        return [way]
-    low = "" if objective.guidance_low is None else f", of the low expert {objective.guidance_low:g}"
-    return [f"{way}; teacher's guidance {objective.guidance:g}{low} (u + g (c - u))"]
+    return [f"{way}; {objective.teaching}"]
 
 
 def ordinal(number: int) -> str:
