@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import yaml
 
 from tests.small import merged
-from weft.run.listeners import read_steps
+from weft.run.listeners import read_events, read_steps
 
 STEPS = 400  # more than a process makes before it is stopped
 
@@ -24,9 +25,18 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
     """Until the log tells a step, or the process ended, or two minutes are over."""
+    wait_until(lambda log: len(read_steps(log)) >= step, run, process)
+
+
+def wait_for_checkpoint(run: Path, process: subprocess.Popen[str]) -> None:
+    """Until the log tells that a checkpoint is whole: it is written while training goes on."""
+    wait_until(lambda log: any(event["event"] == "saved" for event in read_events(log)), run, process)
+
+
+def wait_until(seen: Callable[[Path], bool], run: Path, process: subprocess.Popen[str]) -> None:
     log = run / "events.rank0.jsonl"
     for _ in range(1200):
-        if (log.is_file() and len(read_steps(log)) >= step) or process.poll() is not None:
+        if (log.is_file() and seen(log)) or process.poll() is not None:
             return
         time.sleep(0.1)
 
@@ -59,7 +69,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(config, tmp_path, nu
 def test_a_killed_command_goes_on_from_its_newest_checkpoint(config, tmp_path):
     run = tmp_path / "runs" / "run"
     process = start("train", str(config))
-    wait_for_step(run, 7, process)
+    wait_for_checkpoint(run, process)
     process.kill()
     process.communicate()
     done = max(read_steps(run / "events.rank0.jsonl"))
