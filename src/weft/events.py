@@ -18,7 +18,7 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseStarted(Event):
-    """The run entered a phase: starting, caching, training, validating, sampling, saving."""
+    """The run entered a phase: starting, caching, training, validating, sampling, saving, paused."""
 
     kind: ClassVar[str] = "phase"
     phase: str
@@ -119,6 +119,31 @@ class Exported(Event):
     kind: ClassVar[str] = "exported"
     step: int
     folder: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Controlled(Event):
+    """Somebody told the running trainer what to do, and it was done or refused. by: ctl or dashboard."""
+
+    kind: ClassVar[str] = "control"
+    step: int  # steps that were done when it was taken
+    id: str
+    command: str
+    arguments: Mapping[str, Any]
+    by: str
+    done: bool
+    reason: str = ""  # why not, or what came of it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored(Event):
+    """How well a model that has learned the stream up to one experience does on each experience, later ones too."""
+
+    kind: ClassVar[str] = "scored"
+    step: int
+    after: str  # the experience that was just learned
+    metric: str  # accuracy, macro_f1, ...
+    scores: Mapping[str, float]  # experience -> value; one row of the matrix
 
 
 @dataclass(frozen=True, kw_only=True)
