@@ -226,8 +226,28 @@ class Agent(LocalElasticAgent):
         if self._hosts.most > 1:
             self._tell(f"{hosts} of {self._hosts.most} hosts, {worker_group.workers[0].world_size} processes.")
 
+    def _watched(self, worker_group: WorkerGroup) -> tuple[RunResult, list[int]]:
+        """How the ranks are, and the hosts that are lost. Once a stop was heard the ranks are waited for here: to
+        `healthy` torch answers by asking the store for more hosts, and the host that keeps it may have ended first."""
+        while True:
+            result = super()._monitor_workers(worker_group)  # type: ignore[call-arg]
+            lost = self._silent() if result.state is WorkerState.HEALTHY else []
+            if result.state is not WorkerState.HEALTHY or lost or not (self._heard and self._hosts.elastic):
+                return result, lost
+            time.sleep(worker_group.spec.monitor_interval)
+
+    def _silent(self) -> list[int]:
+        """Hosts that gave no sign of life for too long. After a stop was heard, none when the store is gone."""
+        try:
+            return self._pulse.lost() if self._pulse is not None else []
+        except DistError:
+            if not self._heard:
+                raise
+            self._pulse = None
+            return []
+
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        result = super()._monitor_workers(worker_group)  # type: ignore[call-arg]
+        result, lost = self._watched(worker_group)
         if result.is_failed():
             self._failures = self._read(result)
             self._grace = ENDING
@@ -241,7 +261,7 @@ class Agent(LocalElasticAgent):
             self._tell("another host was told to stop; this one goes on with those that are left.")
             self._remaining_restarts += 1  # of these none is used up
             return RunResult(state=WorkerState.FAILED)
-        if result.state is WorkerState.HEALTHY and self._pulse is not None and (lost := self._pulse.lost()):
+        if lost:
             self._grace = ENDING
             self._lost = not self._remaining_restarts
             self._tell(f"{len(lost)} of the hosts gave no sign of life for {self._hosts.patience} s.")
