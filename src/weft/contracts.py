@@ -119,6 +119,10 @@ class Adapters(Protocol):
         """Of the modules that an adapter changes: each may have a recipe of its own."""
         ...
 
+    def base_layer(self, name: str, path: str) -> nn.Module:
+        """The frozen layer under one of them."""
+        ...
+
     def initialize(self) -> None:
         """First values, once the network stands where it trains. They depend on the seed, the adapter's name and the
         layer's path alone; of a sharded tensor each rank keeps its part."""

@@ -59,13 +59,16 @@ class RunStarted(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class StepEnded(Event):
-    """metrics: `phase/quantity` -> mean over items and ranks. seconds: of the step, by part."""
+    """metrics: `phase/quantity` -> mean over items and ranks. seconds: of the step, by part. items: learned from on all
+    ranks, of text the tokens. memory: bytes that this process has of its GPU, or of the machine; None where unknown."""
 
     kind: ClassVar[str] = "step"
     step: int
     experience: str
     metrics: Mapping[str, float]
     seconds: Mapping[str, float] = field(default_factory=dict)
+    items: int = 0
+    memory: int | None = None
     keys: tuple[str, ...] = ()  # items drawn in this step, in order
 
 

@@ -45,8 +45,8 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
     "verb": {
         name: f"weft.cli.{name}:run"
         for name in (
-            "demo", "init", "plan", "cache", "train", "launch", "stop", "sample", "merge", "convert", "show", "bench",
-            "doctor", "config",
+            "demo", "init", "plan", "cache", "train", "launch", "stop", "ctl", "sample", "merge", "convert", "show",
+            "bench", "doctor", "config", "dashboard", "report", "compare",
         )
     },
 }  # fmt: skip

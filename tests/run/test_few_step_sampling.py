@@ -94,8 +94,8 @@ def exported(learner, world, tmp_path_factory) -> Path:
     """The folder of the student's adapter, as a run writes it."""
     config = small_config(tmp_path_factory.mktemp("exported"), world / "model", **DMD)
     keeper = Keeper(config, {}, {"weft.seed": "5"}, silent, None, None)  # type: ignore[arg-type]
-    (folder,) = keeper.export(learner, "adapter")
-    keeper.close()
+    (folder,) = keeper.saver.export(learner, "adapter")
+    keeper.saver.close()
     return folder
 
 

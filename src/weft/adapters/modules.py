@@ -81,7 +81,13 @@ def form_of_weight(layer: nn.Module) -> tuple[tuple[int, ...], torch.dtype]:
 
 @torch.no_grad()
 def dense_weight(layer: nn.Module, inputs: int = 1024) -> Tensor:
-    """The weight (out, in) in fp32, of a convolution (out, in * kernel). Of a sharded layer every process must ask.
+    """The weight (out, in) in fp32, of a convolution (out, in * kernel). Of a sharded layer every process must ask."""
+    return plain_weight(layer, inputs).float()
+
+
+@torch.no_grad()
+def plain_weight(layer: nn.Module, inputs: int = 1024) -> Tensor:
+    """The same in the dtype that it lies in or is decoded to, without a copy where it lies so.
 
     A layer whose weight is packed or quantized is asked for unit vectors, so many inputs at a time: its answers are the
     columns of what it multiplies with, whatever the storage.
@@ -90,7 +96,7 @@ def dense_weight(layer: nn.Module, inputs: int = 1024) -> Tensor:
     if rows_are_readable(layer):
         weight = layer.weight
         assert isinstance(weight, Tensor)
-        return weight.detach().float().flatten(1)
+        return weight.detach().flatten(1)
     assert isinstance(layer, nn.Linear), f"a {type(layer).__name__} keeps its weight as numbers"
     device, columns = next(iter([*layer.parameters(), *layer.buffers()])).device, []
     for start in range(0, layer.in_features, inputs):

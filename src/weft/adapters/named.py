@@ -68,6 +68,10 @@ class NamedAdapters:
         """The layers that an adapter stands on, in the network's own order."""
         return self._carrier(name).paths_of(name)
 
+    def base_layer(self, name: str, path: str) -> nn.Module:
+        """The frozen layer under one of them."""
+        return self._carrier(name).base_layer(path)
+
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """Canonical name -> parameter, in network order; looked up anew, because engines may replace parameters."""
         tensors = self._carrier(name).tensors(name)
@@ -105,7 +109,7 @@ class NamedAdapters:
         and keeps its part; those that come of a sharded base are made of one whole layer at a time."""
         for name in self.names:
             carrier, recipe = self._carrier(name), self.recipes[name]
-            for path, own in _by_path(carrier.tensors(name), carrier.paths_of(name)).items():
+            for path, own in by_path(carrier.tensors(name), carrier.paths_of(name)).items():
                 first = recipe.first_values(
                     partial(self._chance, name, path),
                     {end: tensor.shape for end, tensor in own.items()},
@@ -140,7 +144,7 @@ class NamedAdapters:
         return recipe.after_step(self.paths_of(name), self.parameters(name)) if recipe.has_rule else {}
 
 
-def _by_path(tensors: Mapping[str, Tensor], paths: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+def by_path(tensors: Mapping[str, Tensor], paths: Sequence[str]) -> dict[str, dict[str, Tensor]]:
     """Path -> end of the name -> tensor."""
     known = set(paths)
     found: dict[str, dict[str, Tensor]] = {}

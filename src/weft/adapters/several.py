@@ -22,6 +22,9 @@ class SeveralAdapters:
     def paths_of(self, name: str) -> tuple[str, ...]:
         return self.of[name].paths_of(name)
 
+    def base_layer(self, name: str, path: str) -> nn.Module:
+        return self.of[name].base_layer(name, path)
+
     def initialize(self) -> None:
         for adapters in self.networks.values():
             adapters.initialize()

@@ -18,6 +18,7 @@ OUTCOME = "WEFT_OUTCOME"
 LAUNCHER = "WEFT_LAUNCHER"
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 MENDABLE = 2  # exit code for what the user can mend
+STOPPED_EVERYWHERE = 144  # between a rank's work and its outcome: a command ended the run, for every host
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def as_rank(rank: Rank, work: Callable[[], int]) -> int:
     if rank.outcome is None:
         return code
     # 0 also when stopped: with any other code the agent would end ranks that are still writing.
-    leave(rank.outcome, stopped=code != 0)
+    leave(rank.outcome, stopped=code != 0, **({"everywhere": True} if code == STOPPED_EVERYWHERE else {}))
     return 0
 
 

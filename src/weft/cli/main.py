@@ -29,7 +29,7 @@ SUMMARIES: Mapping[str, str] = {
     "config": "help on every key of a run.yaml; show what a config resolves to",
     "dashboard": "watch runs in a browser",
     "report": "write one page about a run, to share",
-    "ctl": "pause or sample a running run",
+    "ctl": "pause, sample, save or stop a running run, or change its rate",
     "launch": "write the job file that trains on Slurm, SkyPilot or Kubernetes",
     "compare": "compare runs",
 }

@@ -61,13 +61,7 @@ class Trainer:
         """Whether it still trains here: it runs, is no other program under its old number, and has not signed off."""
         from weft.run.folder import is_alive
 
-        return self.file.is_file() and is_alive(self.pid, self.facts["born"]) and not is_zombie(self.pid)
-
-
-def is_zombie(pid: int) -> bool:
-    """Whether a process has ended, but its parent has not asked how: in containers nobody may ever ask."""
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.is_file() and stat.read_text().rpartition(")")[2].split()[0] == "Z"
+        return self.file.is_file() and is_alive(self.pid, self.facts["born"])
 
 
 def trainer_of(folder: Path) -> Trainer:

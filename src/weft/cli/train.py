@@ -11,20 +11,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from weft.cli.launched import Rank, as_rank, own_rank
+from weft.cli.launched import STOPPED_EVERYWHERE, Rank, as_rank, own_rank
 from weft.cli.together import Asked
 from weft.errors import ConfigError
 
 
 def run(argv: Sequence[str]) -> int:
     """Train. Exit code 0 when finished, 130 when stopped by Ctrl-C, 143 by SIGTERM; both saved first."""
-    arguments = parser().parse_intermixed_args(argv)
+    # Alone it would take the config for its port, where that comes next.
+    words = [f"{word}=usual" if word == "--dashboard" else word for word in argv]
+    arguments = parser().parse_intermixed_args(words)
     asked = Asked(
         arguments.gpus, arguments.processes, arguments.nodes, arguments.node_rank, arguments.rendezvous,
         arguments.restarts, arguments.patience,
     )  # fmt: skip
     if arguments.independent and (odd := asked.joining()):
         raise ConfigError(f"{odd} joins processes in one run, and --independent parts them. Leave one out.")
+    if arguments.dashboard and own_rank(os.environ).number == 0:
+        from weft.cli.dashboard import start_beside
+        from weft.run.config import load_config
+
+        start_beside(arguments.dashboard, load_config(arguments.config, arguments.overrides).output)
     if arguments.detach:
         from weft.cli.detached import detach
 
@@ -46,6 +53,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("config", type=Path, help="the run's YAML")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as adapter.rank=32 resume=latest")
     parser.add_argument("--detach", action="store_true", help="train in the background, and return once it has begun")
+    parser.add_argument("--dashboard", metavar="[=PORT]", help="a page about it in the browser, by a process of its "
+                        "own, which ends when nobody watches and nothing runs")  # fmt: skip
     several = parser.add_argument_group("on several GPUs, one run (parallel: in the config says how they share it)")
     several.add_argument("--gpus", metavar="N|all", help="so many of this host's visible GPUs, a process for each")
     several.add_argument("--processes", type=int, metavar="N", help="so many processes on the processor")
@@ -100,6 +109,8 @@ def train_here(path: Path, overrides: Sequence[str], rank: Rank) -> int:
     if terminal:
         to_go_on = "" if rank.outcome else f" To go on, run {again(path, overrides, rank)}"
         print(f"saved at step {result.step}.{to_go_on}", file=sys.stderr)
+    if result.commanded and rank.outcome is not None:
+        return STOPPED_EVERYWHERE
     return 128 + (request.signal or signal.SIGTERM)  # it may have been another rank that was asked
 
 

@@ -257,7 +257,8 @@ class Agent(LocalElasticAgent):
                 first = self._failures[0]
                 self._tell(f"rank {first.rank} failed ({first.said}); all begin again from the newest checkpoint.")
             return result
-        if result.state is WorkerState.SUCCEEDED and self._hosts.elastic and not self._heard and self._all_stopped():
+        left = self._all_stopped() and not self._all_stopped("everywhere")
+        if result.state is WorkerState.SUCCEEDED and self._hosts.elastic and not self._heard and left:
             self._tell("another host was told to stop; this one goes on with those that are left.")
             self._remaining_restarts += 1  # of these none is used up
             return RunResult(state=WorkerState.FAILED)
@@ -282,9 +283,10 @@ class Agent(LocalElasticAgent):
             found.append((order, Failure(rank, failure.pid, code, said, lost_peer, log, problems)))
         return tuple(failure for _, failure in sorted(found, key=lambda pair: pair[0]))
 
-    def _all_stopped(self) -> bool:
-        """Whether this host's ranks have ended before the run's end, with everything saved."""
-        return all(self._logs.outcome(rank).get("stopped", False) for rank in self._logs.outcomes)
+    def _all_stopped(self, how: str = "stopped") -> bool:
+        """Whether this host's ranks have ended before the run's end, with everything saved. everywhere: because a
+        command said so, which every host follows."""
+        return all(self._logs.outcome(rank).get(how, False) for rank in self._logs.outcomes)
 
     def _exit_barrier(self) -> None:
         """Wait for the other hosts: the store must outlive their last steps. Ours can be interrupted."""

@@ -58,6 +58,15 @@ def like(target: Tensor, value: Tensor) -> Tensor:
     )
 
 
+def whole_rows(tensor: Tensor, own: Tensor) -> Tensor:
+    """One number for each row (rows,) of a tensor that is cut along its rows, of what each process made of its own."""
+    assert isinstance(tensor, DTensor)
+    parts = DTensor.from_local(
+        own, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape[:1], stride=(1,)
+    )
+    return parts.full_tensor()
+
+
 def _part(target: Tensor, value: Tensor) -> Tensor:
     """A view of what this process holds of the target, in a whole tensor."""
     if not isinstance(target, DTensor):

@@ -142,6 +142,7 @@ def learner_state(learner: Learner) -> dict[str, Any]:
         "step": learner.step,
         "drawn": learner.drawn,
         "skipped_in_a_row": learner.skipped_in_a_row,
+        "rates": dict(learner.rates),
         "adapters": {name: tensors_of(adapters, name) for name in adapters.names},
         "optimizers": {name: optimizer_state(o) for name, o in learner.optimizers.items()},
         "ema": {name: average.tensors for name, average in learner.ema.items()},
@@ -214,9 +215,22 @@ def adopt(learner: Learner, saved: Mapping[str, Any]) -> None:
     learner.engine.load_state_dict(saved["engine"])
     learner.step, learner.drawn = saved["step"], saved["drawn"]
     learner.skipped_in_a_row = saved["skipped_in_a_row"]
+    learner.rates = kept_rates(learner, saved)
     if current := under_way(learner):
         current.resume_at(saved["data"])
     restore_chance(saved["chance"], learner.engine.device)
+
+
+def kept_rates(learner: Learner, saved: Mapping[str, Any]) -> dict[str, float]:
+    """The rates that were set while it trained, but of optimizers whose config has another rate now: what a user wrote
+    last counts. Older checkpoints have none."""
+    rates: Mapping[str, float] = saved.get("rates", {})
+
+    def is_as_configured_then(name: str) -> bool:
+        then, now = saved["optimizers"][name]["groups"][0], learner.optimizers[name].param_groups[0]
+        return then["base_lr"] == now["base_lr"]
+
+    return {name: rate for name, rate in rates.items() if is_as_configured_then(name)}
 
 
 @torch.no_grad()

@@ -77,6 +77,10 @@ class Save(Section):
     background: bool = Field(
         default=True, description="write checkpoints while training goes on; false: training waits for the disk"
     )
+    health: bool = Field(
+        default=True,
+        description="with each checkpoint and validation, measure in health.jsonl how far each adapted layer moved",
+    )
     formats: tuple[str, ...] = Field(
         default=(), description="formats of the saved adapter: peft, diffusers; none: all that its kind has"
     )

@@ -2,7 +2,8 @@
 
 config.yaml            resolved; parses to the same config          config.input.yaml   as the user wrote it
 environment.json       versions, device, git, command line          process.rank0.json  who runs here, since when
-events.rank0.jsonl     one event a line, appended for ever
+events.rank0.jsonl     one event a line, appended for ever      run.rank0.log       what it said, and how it crashed
+heartbeat.rank0.json   that it lives, and when it last moved
 checkpoints/global_step_N/   everything to resume exactly           global_step_N/      the adapter, for use
 adapter/               the finished adapter                         samples/ incidents/
 """
@@ -63,8 +64,16 @@ def born(pid: int) -> str | None:
 
 
 def is_alive(pid: int, birth: str | None) -> bool:
-    """Whether the process that wrote itself down still runs. Not known on Windows, where asking would end it."""
-    return bool(is_running(pid)) and (birth is None or born(pid) == birth)
+    """Whether the process that wrote itself down still works. Not known on Windows, where asking would end it."""
+    return bool(is_running(pid)) and (birth is None or born(pid) == birth) and not is_zombie(pid)
+
+
+def is_zombie(pid: int) -> bool:
+    """Whether a process has ended, but its parent has not asked how: in containers nobody may ever ask."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return False
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -156,7 +156,8 @@ class GpuLog:
         if handler is None:
             return
         handler(event)
-        if isinstance(event, events.RunEnded) or self._now() - self._written >= PAUSE:
+        waits = isinstance(event, events.PhaseStarted) and event.phase == "paused"  # no event comes for a while
+        if isinstance(event, events.RunEnded) or waits or self._now() - self._written >= PAUSE:
             self.write()
 
     def write(self) -> None:

@@ -33,7 +33,8 @@ class MovingAverage:
 
 @dataclass
 class Learner:
-    """A model under training. step: optimizer steps done. drawn: micro-batches that all ranks have drawn so far."""
+    """A model under training. step: optimizer steps done. drawn: micro-batches that all ranks have drawn so far.
+    rates: of optimizers whose learning rate at the top of the schedule was set while training."""
 
     model: Model
     objective: Objective
@@ -47,6 +48,7 @@ class Learner:
     step: int = 0
     drawn: int = 0
     skipped_in_a_row: int = 0
+    rates: dict[str, float] = field(default_factory=dict)
 
     @property
     def experts(self) -> tuple[Expert, ...]:
@@ -57,6 +59,11 @@ class Learner:
     def shown(self) -> tuple[str, ...]:
         """The roles whose adapters are exported, measured and sampled, one for each expert."""
         return self.objective.shown(self.experts)
+
+    def top_rate(self, optimizer: str) -> float:
+        """The learning rate at the top of the schedule: the config's, unless another was set."""
+        configured: float = self.optimizers[optimizer].param_groups[0]["base_lr"]
+        return self.rates.get(optimizer, configured)
 
     def rng(self, phase: str, micro_batch: int, accumulate: int) -> Rng:
         """The chance of one of the `accumulate` micro-batches of this rank in this step, counted from 0.

@@ -22,8 +22,9 @@ class EventLog:
     """Appends each event as one line of JSON with the time, and hands it to the system at once, so that a killed
     process loses nothing. Progress within a phase is not kept."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, now: Callable[[], float] = time.time) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._now = now
         torn = path.is_file() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
         self._file: TextIO = path.open("a")
         if torn:  # a process was killed within a line
@@ -31,7 +32,7 @@ class EventLog:
 
     def __call__(self, event: Event) -> None:
         if not isinstance(event, events.Progress):
-            record = finite({"time": round(time.time(), 3), **event.record()})
+            record = finite({"time": round(self._now(), 3), **event.record()})
             self._file.write(json.dumps(record, allow_nan=False) + "\n")
             self._file.flush()
 
@@ -51,12 +52,14 @@ def finite(tree: Any) -> Any:
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """Every whole event of a log; a line that was cut off by a kill is no event."""
-    for line in path.read_text().splitlines():
+    """Every whole event of a log; a line that was cut off by a kill, or that a disk has damaged, is no event."""
+    for line in path.read_bytes().split(b"\n"):
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
+            event = json.loads(line)
+        except ValueError:
             continue
+        if isinstance(event, dict) and "event" in event:
+            yield event
 
 
 def read_steps(path: Path) -> dict[int, dict[str, Any]]:
@@ -160,6 +163,62 @@ def clock(seconds: float | None) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def sentence(event: Event) -> str | None:
+    """What a run says of an event, on the terminal and in its log; None of steps and phases, which each shows its own
+    way."""
+    tell = SENTENCES.get(type(event))
+    return tell(event) if tell else None
+
+
+def _run_started(event: events.RunStarted) -> str:
+    origin = f", resumed from {event.resumed_from}" if event.resumed_from else ""
+    return (
+        f"training {event.name}: step {event.step} of {event.total_steps}, "
+        f"{event.trainable:,} trainable parameters on {event.device}{origin}"
+    )
+
+
+def _evaluated(event: events.Evaluated) -> str:
+    if event.loss is None or event.baseline is None:
+        return f"step {event.step}: validation measured nothing, {event.failed} items failed"
+    failed = f", {event.failed} items FAILED" if event.failed else ""
+    each = ", ".join(f"{name} {loss:.4f}" for name, loss in event.by_expert.items())
+    each = f" ({each})" if each else ""
+    return (
+        f"step {event.step}: validation loss {event.loss:.4f}{each}, without the adapter {event.baseline:.4f} "
+        f"({event.items} items{failed})"
+    )
+
+
+def _controlled(event: events.Controlled) -> str:
+    asked = " ".join([event.command, *(str(value) for value in event.arguments.values() if value is not None)])
+    why = f": {event.reason}" if event.reason else ""
+    return f"step {event.step}: {asked} ({event.by}) {'done' if event.done else 'refused'}{why}"
+
+
+def _scored(event: events.Scored) -> str:
+    scores = ", ".join(f"{name} {value:.4f}" for name, value in event.scores.items())
+    return f"step {event.step}: after {event.after}, {event.metric}: {scores}"
+
+
+SENTENCES: Mapping[type[Event], Callable[[Any], str]] = {
+    events.Notice: lambda event: event.text,
+    events.RunStarted: _run_started,
+    events.Evaluated: _evaluated,
+    events.Incident: lambda event: (
+        f"step {event.step}: {event.reason}; nothing was learned from it ({event.in_a_row} in a row)"
+    ),
+    events.Saved: lambda event: f"step {event.step}: saved {event.folder}",
+    events.Sampled: lambda event: f"step {event.step}: sample {event.file}",
+    events.Exported: lambda event: f"adapter: {event.folder}",
+    events.Controlled: _controlled,
+    events.Scored: _scored,
+    events.RunEnded: lambda event: (
+        f"{event.outcome} at step {event.step}" + (f": {event.reason}" if event.reason else "")
+    ),
+}
+
+
 class Terminal:
     """A bar with phase, loss, speed and time left on a terminal; a plain line now and then elsewhere."""
 
@@ -179,21 +238,17 @@ class Terminal:
         self._handlers: Mapping[type[Event], Callable[[Any], None]] = {
             events.PhaseStarted: self._phase,
             events.Progress: self._progress,
-            events.Notice: lambda event: self._say(event.text),
             events.RunStarted: self._run_started,
             events.StepEnded: self._step,
-            events.Evaluated: self._evaluated,
-            events.Incident: self._incident,
-            events.Saved: lambda event: self._say(f"step {event.step}: saved {event.folder}"),
-            events.Sampled: lambda event: self._say(f"step {event.step}: sample {event.file}"),
-            events.Exported: lambda event: self._say(f"adapter: {event.folder}"),
-            events.RunEnded: self._run_ended,
+            events.RunEnded: lambda event: self.close(),
         }
 
     def __call__(self, event: Event) -> None:
         handler = self._handlers.get(type(event))
         if handler:
             handler(event)
+        if text := sentence(event):
+            self._say(text)
 
     def _say(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
@@ -221,11 +276,6 @@ class Terminal:
 
     def _run_started(self, event: events.RunStarted) -> None:
         self._total = event.total_steps
-        origin = f", resumed from {event.resumed_from}" if event.resumed_from else ""
-        self._say(
-            f"training {event.name}: step {event.step} of {event.total_steps}, "
-            f"{event.trainable:,} trainable parameters on {event.device}{origin}"
-        )
 
     def _step(self, event: events.StepEnded) -> None:
         self._losses.step(event.metrics)
@@ -236,25 +286,6 @@ class Terminal:
         self._show("training", event.step, self._total, f"loss {self._losses.line()}  {pace}  {left} left")
         if complaint := self._wait.complaint():
             self._say(complaint)
-
-    def _evaluated(self, event: events.Evaluated) -> None:
-        if event.loss is None or event.baseline is None:
-            self._say(f"step {event.step}: validation measured nothing, {event.failed} items failed")
-            return
-        failed = f", {event.failed} items FAILED" if event.failed else ""
-        each = ", ".join(f"{name} {loss:.4f}" for name, loss in event.by_expert.items())
-        each = f" ({each})" if each else ""
-        self._say(
-            f"step {event.step}: validation loss {event.loss:.4f}{each}, without the adapter {event.baseline:.4f} "
-            f"({event.items} items{failed})"
-        )
-
-    def _incident(self, event: events.Incident) -> None:
-        self._say(f"step {event.step}: {event.reason}; nothing was learned from it ({event.in_a_row} in a row)")
-
-    def _run_ended(self, event: events.RunEnded) -> None:
-        self.close()
-        self._say(f"{event.outcome} at step {event.step}" + (f": {event.reason}" if event.reason else ""))
 
     def close(self) -> None:
         """Leave the terminal as it was."""

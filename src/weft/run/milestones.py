@@ -1,37 +1,27 @@
-"""Between the steps: checkpoints, adapters, validation, samples, and the account of steps that went wrong."""
+"""Between the steps: when to validate, sample and save as the config's calendar says, and how, also when asked."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-from safetensors.torch import save_file
-from torch import Tensor
-
-from weft import plugins
-from weft.contracts import Distilled, Phase
-from weft.durable import write_folder
-from weft.errors import RunError
-from weft.events import Evaluated, Exported, Incident, Listener, PhaseStarted, Saved
-from weft.formats.adapter_file import STEP_LIST, SavedAdapter
-from weft.run.assemble import adapter_folder
-from weft.run.checkpoint import CheckpointWriter
-from weft.run.checkpoint_folders import step_of
+from weft.contracts import Phase
+from weft.events import Evaluated, Listener, PhaseStarted
 from weft.run.checkpoint_tree import under_way
 from weft.run.config import RunConfig
-from weft.run.evaluate import Evaluator, averaged
-from weft.run.folder import write_json
+from weft.run.evaluate import Evaluator
+from weft.run.health import Health
+from weft.run.incidents import Incidents
 from weft.run.learner import Learner
 from weft.run.media import Showing
-from weft.run.retention import Retention, due_by_epoch
+from weft.run.retention import due_by_epoch
+from weft.run.saving import Saver
 from weft.run.train import Outcome
 
 
 @dataclass
 class Keeper:
-    """Saves, validates and samples a run when its config says so. Nothing here changes what is learned."""
+    """Validates, samples and saves a run: when its config says so, and when somebody asks. Nothing here changes what is
+    learned."""
 
     config: RunConfig
     inputs: Mapping[str, str]  # fingerprints of clips and model, kept in the checkpoints
@@ -39,34 +29,37 @@ class Keeper:
     tell: Listener
     showing: Showing
     evaluator: Evaluator | None
-    saved_at: int | None = None
     evaluated_at: int | None = None
     last: Evaluated | None = None
-    writer: CheckpointWriter = field(init=False)
+    saver: Saver = field(init=False)
+    incidents: Incidents = field(init=False)
+    health: Health = field(init=False)
 
     def __post_init__(self) -> None:
-        save = self.config.save
-        kept = Retention(save.keep, save.keep_best, save.prune_adapters)
-        self.writer = CheckpointWriter(self.run, kept, save.background)
+        self.saver = Saver(self.config, self.inputs, self.provenance, self.tell)
+        self.incidents = Incidents(self.run, self.config.schedule.incidents, self.tell)
+        self.health = Health(self.config, self.tell)
 
     @property
     def run(self) -> Path:
         return self.config.folder
 
+    # ---- The calendar ----
+
     def before_start(self, learner: Learner) -> None:
         """The state before the first step: validation, and the base's own samples."""
         if learner.step == 0:
-            self._evaluate(learner)
-            if self.config.samples.baseline and self.config.samples.prompts:
+            self.validate(learner)
+            if self.config.samples.baseline and self.can_sample:
                 self.showing.sample(learner, adapter=False)
 
     def after_step(self, learner: Learner) -> None:
         step = learner.step
-        self._tell_saved()
+        self.saver.tell_saved()
         if due(step, self.config.validation.every):
-            self._evaluate(learner)
+            self.validate(learner)
         if due(step, self.config.samples.every):
-            self.showing.sample(learner)
+            self.sample(learner)
         if due(step, self.config.save.every) or self._an_epoch_ended(learner):
             self.save(learner)
 
@@ -80,136 +73,51 @@ class Keeper:
         return due_by_epoch(before, learner.drawn, current.epoch_draws, self.config.save.every_epochs)
 
     def after_experience(self, learner: Learner) -> None:
-        self.finish(learner)
-
-    def finish(self, learner: Learner) -> None:
         """The end of a stretch: validate and save, unless the last step just did."""
         if self.evaluated_at != learner.step:
-            self._evaluate(learner)
+            self.validate(learner)
         self.save(learner)
-        self.settle()
+        self.saver.settle()
 
-    def save(self, learner: Learner) -> None:
-        """A checkpoint to resume from, and the adapter beside it; not twice for one step. In the background: `settle`
-        waits until it is whole. Raises RunError when the one before could not be written."""
-        if self.saved_at == learner.step:
-            return
-        if self.config.save.keep_best and self.evaluated_at != learner.step:
-            self._evaluate(learner)
-        self.tell(PhaseStarted(phase="saving"))
-        self.writer.wait()
-        loss = self.last.loss if self.last and self.evaluated_at == learner.step else None
-        adapters = self.gathered(learner, f"global_step_{learner.step}")
-        self.writer.save(learner, self.recorded(), loss, partial(self._write, adapters))
-        self.saved_at = learner.step
-        self._tell_saved()
+    def skipped(self, learner: Learner, phase: Phase, outcome: Outcome) -> None:
+        self.incidents.skipped(learner, phase, outcome)
 
-    def settle(self) -> None:
-        """Wait until everything that was saved is whole. Raises RunError."""
-        self.writer.wait()
-        self._tell_saved()
+    # ---- What is done ----
 
-    def close(self) -> None:
-        """Let what is being saved end, also when the run has failed."""
-        self.writer.close()
+    @property
+    def can_validate(self) -> bool:
+        """Whether there is anything to measure."""
+        return self.evaluator is not None and self.config.validation.every > 0
 
-    def _tell_saved(self) -> None:
-        for folder in self.writer.done():
-            self.tell(Saved(step=step_of(folder), folder=str(folder)))
+    @property
+    def can_sample(self) -> bool:
+        """Whether there is anything to show."""
+        return bool(self.config.samples.prompts)
 
-    def recorded(self) -> dict[str, Any]:
-        """What a checkpoint says that it was made from."""
-        return {**self.config.resolved(), "inputs": dict(self.inputs)}
-
-    def export(self, learner: Learner, stem: str) -> list[Path]:
-        """Write the adapter of each expert (its moving average, where the run keeps one) in the config's formats.
-
-        Returns the folders: the stem itself, or one for each expert, such as adapter_high.
-        """
-        adapters = self.gathered(learner, stem)
-        self.settle()
-        self.writer.shards.first(partial(self._write, adapters))
-        return list(adapters)
-
-    def gathered(self, learner: Learner, stem: str) -> dict[Path, SavedAdapter]:
-        """Folder -> adapter as it is now, in host memory. Every rank must ask."""
-        found = {}
-        objective = learner.objective
-        steps = objective.step_list(learner.model.family) if isinstance(objective, Distilled) else None
-        few = {STEP_LIST: steps.to_json()} if steps else {}
-        for role, expert in zip(learner.shown, learner.experts, strict=True):
-            with averaged(learner):
-                state = learner.model.adapters.state_dict(role)
-                tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
-            about = {**self.provenance, "weft.step": str(learner.step), "weft.expert": expert.name,
-                     "weft.times": json.dumps(expert.times), **few}  # fmt: skip
-            folder = self.run / adapter_folder(stem, expert.name)
-            found[folder] = saved_adapter(self.config, learner, role, tensors, about)
-        return found
-
-    def _write(self, adapters: Mapping[Path, SavedAdapter]) -> None:
-        for folder, adapter in adapters.items():
-            write_folder(folder, partial(self._fill, adapter))
-
-    def _fill(self, adapter: SavedAdapter, folder: Path) -> None:
-        for name in self.config.formats:
-            plugins.find("format", name)().write(folder, adapter)
-
-    def export_final(self, learner: Learner) -> list[Path]:
-        folders = self.export(learner, "adapter")
-        for folder in folders:
-            self.tell(Exported(step=learner.step, folder=str(folder)))
-        return folders
-
-    def _evaluate(self, learner: Learner) -> None:
-        if self.evaluator is None or not self.config.validation.every:
+    def validate(self, learner: Learner) -> None:
+        """Measure the held-out items, where there are any."""
+        if self.evaluator is None or not self.can_validate:
             return
         self.tell(PhaseStarted(phase="validating"))
         self.last = self.evaluator.evaluate(learner)
         self.evaluated_at = learner.step
         self.tell(self.last)
+        self.health.measure(learner)
 
-    def skipped(self, learner: Learner, phase: Phase, outcome: Outcome) -> None:
-        """Keep the batch and the numbers of a step whose gradient was not finite; stop after too many in a row."""
-        in_a_row, limit = learner.skipped_in_a_row, self.config.schedule.incidents
-        overflow = any(step.overflow for step in outcome.steps.values())
-        reason = "fp16 overflow, the loss scale was lowered" if overflow else "the gradient is not finite"
-        folder = None if overflow else self._keep_incident(learner, phase, outcome)
-        self.tell(Incident(step=learner.step + 1, phase=phase.name, reason=reason, in_a_row=in_a_row,
-                           folder=str(folder) if folder else None))  # fmt: skip
-        if in_a_row >= (10 * limit if overflow else limit):
-            raise RunError(
-                f"{self.run}: {in_a_row} steps in a row had a gradient that is not finite, the last at step "
-                f"{learner.step + 1}. Their items and numbers are in {self.run / 'incidents'}. Lower optimizer.lr or "
-                "look at those items; the newest checkpoint is from before."
-            )
+    def sample(self, learner: Learner) -> None:
+        """Make samples of every prompt, where there are any."""
+        self.showing.sample(learner)
 
-    def _keep_incident(self, learner: Learner, phase: Phase, outcome: Outcome) -> Path:
-        folder = self.run / "incidents" / f"step_{learner.step + 1:06d}_{phase.name}"
-        folder.mkdir(parents=True, exist_ok=True)
-        facts: dict[str, Any] = {
-            "step": learner.step + 1,
-            "phase": phase.name,
-            "seed": learner.seed,
-            "drawn": learner.drawn,
-            "keys": [batch.keys for batch in outcome.batches],
-            "metrics": {name: repr(value) for name, value in outcome.metrics.items()},
-        }
-        write_json(folder / f"incident.rank{learner.engine.rank}.json", facts)
-        tensors = {
-            f"{i}.{name}": t.cpu().contiguous() for i, b in enumerate(outcome.batches) for name, t in b.tensors.items()
-        }
-        save_file(tensors, folder / f"batches.rank{learner.engine.rank}.safetensors")
-        return folder
+    def save(self, learner: Learner, anew: bool = False) -> None:
+        """A checkpoint to resume from, and the adapter beside it. Not twice for one step, unless anew: something else
+        than the step has moved. It is whole once the saver has settled. Raises RunError."""
+        if self.saver.saved_at == learner.step and not anew:
+            return
+        if self.config.save.keep_best and self.evaluated_at != learner.step:
+            self.validate(learner)
+        self.saver.save(learner, self.last.loss if self.last and self.evaluated_at == learner.step else None)
+        self.health.measure(learner)  # while that is written
 
 
 def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def saved_adapter(
-    config: RunConfig, learner: Learner, role: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> SavedAdapter:
-    """A role's state with all that a reader needs to apply it, as the adapter's kind has it in files."""
-    facts = config.adapter_of(role).exported(tensors)
-    return SavedAdapter(**facts, targets=tuple(learner.model.adapters.paths_of(role)), metadata=dict(metadata))

@@ -1,12 +1,13 @@
 """One training run from its config to its adapter: check, cache, assemble, resume, train, export."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from torch.nn import ModuleDict
 
 from weft.contracts import Engine, Validated
 from weft.data.cache import CacheStatus
@@ -20,9 +21,12 @@ from weft.run.checkpoint_folders import find_checkpoint, set_aside_after
 from weft.run.checkpoint_tree import seed_chance
 from weft.run.checks import check, items_per_step, settled
 from weft.run.config import RunConfig
+from weft.run.control import Control, changed_rates
 from weft.run.evaluate import Evaluator
 from weft.run.folder import claim, environment, is_disk_full, remove_leftovers, write_json
 from weft.run.gpu_log import open_gpu_log, remove_dead
+from weft.run.heartbeat import Heartbeat, remove_stale
+from weft.run.inbox import Inbox
 from weft.run.learner import Learner
 from weft.run.listeners import EventLog
 from weft.run.media import opened
@@ -30,6 +34,7 @@ from weft.run.milestones import Keeper
 from weft.run.provenance import provenance
 from weft.run.ranks import decided
 from weft.run.resuming import resumed_state
+from weft.run.run_log import RunLog
 from weft.run.shortage import explained, naming
 from weft.run.trackers import trackers
 from weft.run.train import Course, train
@@ -38,7 +43,8 @@ from weft.run.train import Course, train
 @dataclass(frozen=True)
 class Result:
     """How a run ended. adapter: the finished adapter's folder, or None when it was stopped before the end.
-    adapters: those of all experts, where several were trained; adapter is the first of them.
+    adapters: those of all experts, where several were trained; adapter is the first of them. commanded: it was stopped
+    by a command, which is meant for every host.
     """
 
     folder: Path
@@ -48,6 +54,7 @@ class Result:
     loss: float | None = None
     baseline: float | None = None
     adapters: tuple[Path, ...] = ()
+    commanded: bool = False
 
 
 def train_run(
@@ -76,19 +83,27 @@ def train_run(
             with explained(config):
                 learner, keeper, stream = prepare(config, survey, inputs, engine, run.tell)
                 run.learner, run.keeper = learner, keeper
+                sign_at_questions(learner, run.beat)
                 seed_chance(config.seed)
                 if state is None:
                     start_from(config, learner)
                 else:
                     restore_learner(learner, state)
-                    keeper.saved_at = learner.step
+                    keeper.saver.saved_at = learner.step
                 run.tell(started(config, learner, checkpoint))
+                for sentence in changed_rates(learner, state.tree.get("rates", {})) if state else ():
+                    run.tell(Notice(text=sentence))
+                control = Control(keeper, run.tell, stop, run.inbox)
+                control.begin(learner)
                 keeper.before_start(learner)
                 run.tell(PhaseStarted(phase="training", total=config.schedule.steps))
                 rates = {name: config.rate_of(name) for name in learner.optimizers}
-                course = Course(config.schedule, keeper, run.tell, stop, rates=rates)
+                course = Course(
+                    config.schedule, keeper, run.tell, stop, control, rates=rates, sign=run.beat.micro_batch
+                )
                 finished = train(learner, stream, course)
-                result = conclude(learner, keeper, finished)
+                control.end(learner)
+                result = conclude(learner, keeper, finished, control.ended)
                 run.tell(RunEnded(step=learner.step, outcome="finished" if finished else "stopped"))
             return result
     finally:
@@ -100,8 +115,10 @@ class OpenRun:
     """A run that this process is at work on. learner: once there is one."""
 
     tell: Listener
+    beat: Heartbeat
     learner: Learner | None = None
     keeper: Keeper | None = None
+    inbox: Inbox | None = None  # of the first rank
 
     @property
     def step(self) -> int:
@@ -117,29 +134,37 @@ def open_run(config: RunConfig, engine: Engine, tell: Listener, input_text: str)
         claim(run)
         remove_leftovers(run)  # before another rank writes: its drafts would be taken for leftovers
         remove_dead(run)
+        remove_stale(run)
     engine.barrier()
     process = claim(run, engine.rank)
-    log = EventLog(run / f"events.rank{engine.rank}.jsonl")
-    own = tell_all(log, open_gpu_log(run, engine), tell)
-    work = OpenRun(tell_all(own, *(trackers(config, own) if engine.rank == 0 else ())))
     try:
-        if engine.rank == 0:
-            write_inputs(config, input_text, engine)
-        engine.barrier()
-        yield work
-    except BaseException as failed:
-        if is_disk_full(failed):  # nor could the log take another line
-            raise RunError(
-                f"{run}: the disk is full, at step {work.step}. Older checkpoints are untouched: "
-                "free some space and run the same command again to go on from the newest."
-            ) from failed
-        reason = LOST_PEER if lost_peer(failed) else f"{type(failed).__name__}: {failed}".splitlines()[0]
-        work.tell(RunEnded(step=work.step, outcome="failed", reason=reason))
-        raise
+        with (
+            Heartbeat(run, engine.rank, engine.world) as beat,
+            closing(RunLog(run, engine.rank)) as said,
+            closing(EventLog(run / f"events.rank{engine.rank}.jsonl")) as log,
+        ):
+            own = tell_all(beat, log, open_gpu_log(run, engine), said, tell)
+            work = OpenRun(tell_all(own, *(trackers(config, own) if engine.rank == 0 else ())), beat)
+            try:
+                if engine.rank == 0:
+                    work.inbox = Inbox(run)
+                    write_inputs(config, input_text, engine)
+                engine.barrier()
+                yield work
+            except BaseException as failed:
+                if is_disk_full(failed):  # nor could the logs take another line
+                    raise RunError(
+                        f"{run}: the disk is full, at step {work.step}. Older checkpoints are untouched: "
+                        "free some space and run the same command again to go on from the newest."
+                    ) from failed
+                said.failed(failed)
+                reason = LOST_PEER if lost_peer(failed) else f"{type(failed).__name__}: {failed}".splitlines()[0]
+                work.tell(RunEnded(step=work.step, outcome="failed", reason=reason))
+                raise
+            finally:
+                if work.keeper is not None:
+                    work.keeper.saver.close()
     finally:
-        if work.keeper is not None:
-            work.keeper.close()
-        log.close()
         process.unlink(missing_ok=True)
 
 
@@ -208,14 +233,21 @@ def prepare(
     return learner, keeper, learner.stream
 
 
-def conclude(learner: Learner, keeper: Keeper, finished: bool) -> Result:
+def sign_at_questions(learner: Learner, beat: Heartbeat) -> None:
+    """Make each question to a network a sign of life: between two events of validation or sampling there are many."""
+    network = learner.model.network
+    for asked in network.values() if isinstance(network, ModuleDict) else (network,):
+        asked.register_forward_pre_hook(lambda module, inputs: beat.sign())
+
+
+def conclude(learner: Learner, keeper: Keeper, finished: bool, commanded: bool) -> Result:
     """Save; at the end also the finished adapter and its samples."""
     keeper.save(learner)
-    keeper.settle()
+    keeper.saver.settle()
     if not finished:
-        return Result(keeper.run, learner.step, False, None)
-    folders = keeper.export_final(learner)
-    keeper.showing.sample(learner)
+        return Result(keeper.run, learner.step, False, None, commanded=commanded)
+    folders = keeper.saver.export_final(learner)
+    keeper.sample(learner)
     last = keeper.last
     return Result(
         keeper.run, learner.step, True, folders[0], last.loss if last else None, last.baseline if last else None,
