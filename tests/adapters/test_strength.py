@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from weft.adapters.lora import Lora
 from weft.errors import ModelError
-from weft.math.lowrank import delta_norm, delta_weight, effective_rank, norm_ratio, relative_norm, singular_values
+from weft.math.lowrank import delta_norm, delta_weight, norm_ratio
 
 BACKENDS = ("native", "peft")
 
@@ -98,20 +98,10 @@ def test_a_new_adapter_has_norm_zero_and_ratio_one():
     assert norm_ratio(torch.tensor([0.0, 0.4, 1.0, 4.0]), 1.0).tolist() == [1.0, 1.0, 1.0, 0.25]
 
 
-def test_norms_and_singular_values_are_those_of_the_whole_matrix():
+def test_the_norm_is_that_of_the_whole_matrix():
     torch.manual_seed(0)
-    a, b, base = torch.randn(3, 20), torch.randn(11, 3), torch.randn(11, 20)
-    whole = delta_weight(a, b, 0.7)
-    assert_close(delta_norm(a, b, 0.7), torch.linalg.matrix_norm(whole))
-    assert_close(relative_norm(a, b, 0.7, base), torch.linalg.matrix_norm(whole) / torch.linalg.matrix_norm(base))
-    assert_close(singular_values(a, b, 0.7), torch.linalg.svdvals(whole)[:3])
-
-
-def test_effective_rank_counts_equal_directions_and_ignores_scale():
-    eye = torch.eye(8)
-    assert_close(effective_rank(eye[:4], eye[:, :4], 0.3), torch.tensor(4.0))
-    assert_close(effective_rank(eye[:1], eye[:, :1]), torch.tensor(1.0))
-    assert effective_rank(eye[:2], 0 * eye[:, :2]) == 0
+    a, b = torch.randn(3, 20), torch.randn(11, 3)
+    assert_close(delta_norm(a, b, 0.7), torch.linalg.matrix_norm(delta_weight(a, b, 0.7)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,6 +1,5 @@
 """Arithmetic of low-rank changes dW = scale B A, with A (r, in) and B (out, r). Pure; sums are taken in fp32."""
 
-import torch
 from torch import Tensor
 
 
@@ -24,23 +23,3 @@ def norm_ratio(norm: Tensor, limit: float) -> Tensor:
     """
     floored = norm.clamp_min(limit / 2)
     return floored.clamp_max(limit) / floored
-
-
-def relative_norm(a: Tensor, b: Tensor, scale: float, base: Tensor) -> Tensor:
-    """||dW||_F / ||W||_F: how far the adapter moves a layer."""
-    return delta_norm(a, b, scale) / torch.linalg.matrix_norm(base.float())
-
-
-def singular_values(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """The r singular values of dW, largest first, from the (r, r) core of two QR decompositions."""
-    _, upper_b = torch.linalg.qr(b.float())
-    _, upper_a = torch.linalg.qr(a.float().mT)
-    return scale * torch.linalg.svdvals(upper_b @ upper_a.mT)
-
-
-def effective_rank(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
-    """exp of the entropy of the singular values' shares; 0 for dW = 0. Roy and Vetterli 2007, definition 1."""
-    values = singular_values(a, b, scale)
-    total = values.sum()
-    shares = values / total.clamp_min(torch.finfo(values.dtype).tiny)
-    return torch.special.entr(shares).sum().exp() * (total > 0)
