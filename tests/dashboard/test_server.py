@@ -15,7 +15,7 @@ from starlette.routing import Mount, Route
 from tests.dashboard.folders import corrupt, crashed, eight_gpus, hostile, text, training
 from tests.dashboard.serving import Dashboard
 from weft.dashboard.live import Hub
-from weft.dashboard.routes import Api, api_app, page_app
+from weft.dashboard.routes import STATIC, Api, api_app, page_app
 from weft.dashboard.store import Store
 
 BUILDERS = (training, crashed, corrupt, hostile, text, eight_gpus)
@@ -134,6 +134,13 @@ def test_page_and_files_are_asked_for_again_and_sent_only_when_they_changed(serv
         assert first.headers["cache-control"] == "no-cache"
     again = served.page.ask("/static/app.js", If_None_Match=first.headers["etag"])
     assert (again.status, again.body) == (304, b"")
+
+
+def test_the_whole_front_end_comes_in_less_than_200_kilobytes(served):
+    files = [path for path in STATIC.rglob("*") if path.suffix in (".html", ".css", ".js", ".svg")]
+    places = [f"/static/{path.relative_to(STATIC).as_posix()}" for path in files if path.name != "report.css"]
+    assert len(places) > 20
+    assert sum(len(served.page.ask(place, Accept_Encoding="gzip").body) for place in places) < 200_000
 
 
 def test_the_runs_are_all_there_whatever_their_folders_hold(served):

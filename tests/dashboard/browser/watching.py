@@ -102,6 +102,12 @@ class Visit:
         self.wrong.append(dialog.message)
         dialog.dismiss()
 
+    def beside(self) -> "Visit":
+        """A second page of the same browser, which has the cookie."""
+        other = watched(self.page.context.new_page(), self.base)
+        other.page.goto(self.base)
+        return other
+
     def close(self) -> None:
         self.page.context.close()
 

@@ -1,29 +1,15 @@
 """The page of a run in a real browser, from the disk: no request, no fault of access, no width too narrow."""
 
-import os
-import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser, Page
 
 from tests.dashboard import folders
+from tests.dashboard.browser.watching import AXE
 from weft.dashboard.report import write_report
 from weft.dashboard.store import Store
-
-sync_api = pytest.importorskip("playwright.sync_api")
-AXE = Path(__file__).parent / "vendor" / "axe.min.js"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None and not os.environ.get("CI"), reason="no Chromium here")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator["sync_api.Browser"]:
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +24,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return files
 
 
-def opened(browser: "sync_api.Browser", file: Path, **options) -> "tuple[sync_api.Page, list[str]]":
+def opened(browser: Browser, file: Path, **options) -> tuple[Page, list[str]]:
     """The page, and what went wrong on it: requests to anywhere, dialogs, errors, refusals of its policy."""
     page = browser.new_page(**options)
     wrong: list[str] = []
