@@ -1,5 +1,6 @@
 """Real processes for tests: a function runs once on each rank, with the environment that a launcher gives."""
 
+import gc
 import multiprocessing
 import os
 import shutil
@@ -17,7 +18,8 @@ import torch
 
 GRACE = 3.0  # seconds that the other ranks have to end, once one has failed
 # Imported once in a server of which every rank is a fork: importing them costs more than most tests.
-PRELOADED = ["torch", "torch.distributed", "torch.distributed.fsdp", "diffusers", "transformers", "peft", "tests.small"]
+PRELOADED = ["torch", "torch.distributed", "torch.distributed.fsdp", "diffusers", "transformers", "peft", "pytest",
+             "tests.small", "tests.engines.equality", "weft.run.start", "weft.cli.train"]  # fmt: skip
 
 
 class RankFailed(AssertionError):
@@ -106,6 +108,7 @@ def _run(environment: Mapping[str, str], stem: str, function: Callable[..., Any]
     """The life of one rank: its result in STEM.pt, or the trace in STEM.trace and exit code 1."""
     os.environ.clear()
     os.environ.update(environment)
+    gc.freeze()  # or the first collection would touch, and so copy, every object that was preloaded
     torch.set_num_threads(1)
     try:
         result = function(*args)

@@ -1,17 +1,15 @@
 """A small model and clips for the verbs that start processes, and how one is started."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.program import Program
 from tests.small import make_clips, make_wan, merged, plain_config
 
-Start = Callable[..., subprocess.Popen[str]]
+Start = Callable[..., Program]
 
 
 @pytest.fixture(scope="session")
@@ -40,11 +38,7 @@ def run_yaml(small_world: Path, tmp_path: Path) -> Path:
 def start() -> Start:
     """Start `weft` as a process of its own, as a shell does in a group of its own; both outputs in one."""
 
-    def started(*arguments: str, **environment: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "weft.cli.main", *arguments]
-        return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **environment},
-            start_new_session=True,
-        )  # fmt: skip
+    def started(*arguments: str, **environment: str) -> Program:
+        return Program(arguments, environment)
 
     return started

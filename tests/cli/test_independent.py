@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.program import Program
 from weft.cli.independent import Children, Task, refuse_contradictions, shares_of
 from weft.engines.visible import PROCESS_NUMBER
 from weft.errors import ConfigError
@@ -19,12 +19,14 @@ from weft.run.config import load_config
 from weft.run.folder import born
 from weft.run.listeners import read_events, read_steps
 
+IN_MEMORY = "data.cache=memory"  # with one on disk another process would be started first, to fill it
+
 
 def events_of(run: Path, kind: str) -> list[dict]:
     return [event for event in read_events(run / "events.rank0.jsonl") if event["event"] == kind]
 
 
-def wait_for_steps(runs: list[Path], step: int, process: subprocess.Popen[str]) -> None:
+def wait_for_steps(runs: list[Path], step: int, process: Program) -> None:
     logs = [run / "events.rank0.jsonl" for run in runs]
     for _ in range(1200):
         if all(log.is_file() and len(read_steps(log)) >= step for log in logs) or process.poll() is not None:
@@ -122,7 +124,8 @@ def test_two_processes_train_two_adapters_on_two_halves_and_tell_how_to_merge_th
 @pytest.mark.slow
 def test_ctrl_c_reaches_each_process_once_all_save_and_the_same_command_goes_on(run_yaml, tmp_path, start):
     runs = [tmp_path / "runs" / f"run_gpu{i}" for i in (0, 1)]
-    command = ("train", "--independent", "--processes", "2", str(run_yaml), "schedule.steps=2000", "save.every=0")
+    command = ("train", "--independent", "--processes", "2", str(run_yaml), "schedule.steps=2000", "save.every=0",
+               IN_MEMORY)  # fmt: skip
     process = start(*command)
     wait_for_steps(runs, 2, process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
@@ -146,7 +149,7 @@ def test_one_that_fails_is_told_while_the_other_finishes(run_yaml, tmp_path, sta
     taken.mkdir(parents=True)
     living = {"pid": os.getpid(), "born": born(os.getpid()), "host": platform.node(), "started": 0}
     (taken / "process.rank0.json").write_text(json.dumps(living))
-    process = start("train", "--independent", "--processes", "2", str(run_yaml))
+    process = start("train", "--independent", "--processes", "2", str(run_yaml), IN_MEMORY)
     said, _ = process.communicate(timeout=200)
     assert process.returncode == 2, said
     assert f"[gpu 1] error: {taken}: process {os.getpid()} trains in this run folder" in said

@@ -13,9 +13,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.multi import spawn
 from weft.cli.launch import KINDS
 from weft.cli.main import main
+from weft.run.config import load_config
 from weft.run.listeners import read_events
+from weft.run.start import train_run
 
 
 def written(run_yaml: Path, kind: str, *options: str) -> str:
@@ -129,27 +132,31 @@ def submitted(script: Path, cluster: dict[str, str]) -> subprocess.Popen[str]:
     )
 
 
+def trained(config: Path, overrides: list[str]) -> Path:
+    """Train in this process, as its rank; the file of the adapter."""
+    run = load_config(config, overrides)
+    train_run(run, lambda event: None)
+    return run.folder / "adapter" / "adapter_model.safetensors"
+
+
 @pytest.mark.slow
 def test_a_preempted_job_comes_back_and_ends_with_the_adapter_of_an_unbroken_one(run_yaml, cluster, tmp_path):
-    scripts, finished = {}, {}
-    for name in ("unbroken", "broken"):
-        scripts[name] = tmp_path / f"{name}.sbatch"
-        own = [f"name={name}", "schedule.steps=60", "save.every=0"]
-        assert main(["launch", str(run_yaml), "--slurm", "--processes", "2", "--out", str(scripts[name]), *own]) == 0
-        finished[name] = tmp_path / "runs" / name / "adapter" / "adapter_model.safetensors"
-    job = submitted(scripts["broken"], cluster)
-    log = tmp_path / "runs" / "broken" / "events.rank0.jsonl"
+    script, common = tmp_path / "broken.sbatch", ["schedule.steps=60", "save.every=0"]
+    own = ["--out", str(script), "name=broken", *common]
+    assert main(["launch", str(run_yaml), "--slurm", "--processes", "2", *own]) == 0
+    unbroken, _ = spawn(2, trained, run_yaml, ["name=unbroken", *common])
+    run = tmp_path / "runs" / "broken"
+    log, finished = run / "events.rank0.jsonl", run / "adapter" / "adapter_model.safetensors"
+    job = submitted(script, cluster)
     while not (log.is_file() and any(event["event"] == "step" for event in read_events(log))) and job.poll() is None:
         time.sleep(0.05)
     job.send_signal(signal.SIGTERM)  # to the script alone, as --signal=B: says
     said, _ = job.communicate(timeout=120)
     assert job.returncode == 143, said
-    assert (tmp_path / "requeued").read_text() == "again\n" and not finished["broken"].exists(), said
-    for name, script in scripts.items():
-        job = submitted(script, cluster)
-        said, _ = job.communicate(timeout=120)
-        assert job.returncode == 0, said
-        assert ("resumed from" in said) == (name == "broken")
-    unbroken, broken = load_file(finished["unbroken"]), load_file(finished["broken"])
-    assert unbroken.keys() == broken.keys() and all(torch.equal(broken[name], unbroken[name]) for name in unbroken)
+    assert (tmp_path / "requeued").read_text() == "again\n" and not finished.exists(), said
+    job = submitted(script, cluster)
+    said, _ = job.communicate(timeout=120)
+    assert job.returncode == 0 and "resumed from" in said, said
+    whole, broken = load_file(unbroken), load_file(finished)
+    assert whole.keys() == broken.keys() and all(torch.equal(broken[name], whole[name]) for name in whole)
     assert (tmp_path / "requeued").read_text() == "again\n"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tests.data.clips import TINY
 from tests.data.conftest import ToyEncoders
+from tests.multi import PRELOADED
 from weft.data import claims
 from weft.data.claims import Claims, claim_of
 from weft.data.disk import LatentStore
@@ -43,9 +44,10 @@ def fill(clips: Path, folder: Path, barrier: Barrier, counts: "Queue[tuple[int, 
 
 @pytest.mark.slow
 def test_two_processes_that_fill_one_folder_encode_each_clip_once(clips, tmp_path):
-    spawn = multiprocessing.get_context("spawn")
-    barrier, counts = spawn.Barrier(2), spawn.Queue()
-    processes = [spawn.Process(target=fill, args=(clips, tmp_path, barrier, counts)) for _ in range(2)]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    barrier, counts = context.Barrier(2), context.Queue()
+    processes = [context.Process(target=fill, args=(clips, tmp_path, barrier, counts)) for _ in range(2)]
     for process in processes:
         process.start()
     (one, missing, total), (other, also_missing, _) = counts.get(timeout=60), counts.get(timeout=60)

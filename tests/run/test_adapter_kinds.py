@@ -27,7 +27,7 @@ def silent(event: object) -> None:
 
 def settings(plain, kind, **change):
     adapter = {"targets": "attention+ffn", **KINDS[kind]}
-    config = {**plain, "adapter": adapter, "ema": {"decay": 0.5}, "validation": {"every": 0}}
+    config = {**plain, "adapter": adapter, "ema": {"decay": 0.5}, "validation": {"every": 0}, "save": {"every": 0}}
     return config_of(config, schedule={"steps": 4, "warmup": 0}, **change)
 
 

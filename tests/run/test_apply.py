@@ -1,6 +1,7 @@
 """An adapter used again: as the start of another run, and by `weft sample`."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.small import config_of, merged
+from tests.small import config_of, merged, plain_config
 from weft.cli.sample import run as sample
 from weft.errors import ConfigError, ModelError
 from weft.formats.reading import read_adapter
@@ -22,12 +23,21 @@ def silent(event: object) -> None:
     """Nobody listens."""
 
 
-@pytest.fixture
-def trained(plain) -> Path:
-    """The adapter of a finished run."""
+@pytest.fixture(scope="module")
+def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    plain = plain_config(tmp_path_factory.mktemp("finished"), world / "model", world / "clips")
+    plain["data"]["cache_folder"] = str(world / "cache")
     config = config_of(plain)
     train_run(config, silent)
-    return config.folder / "adapter"
+    return config.folder
+
+
+@pytest.fixture
+def trained(finished, plain) -> Path:
+    """The adapter of a finished run of the test's own."""
+    run = shutil.copytree(finished, config_of(plain).folder)
+    return run / "adapter"
 
 
 def change(tensors: dict[str, torch.Tensor], scale: float, path: str) -> torch.Tensor:

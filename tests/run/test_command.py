@@ -12,28 +12,28 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.program import Program
 from tests.small import merged
 from weft.run.listeners import read_events, read_steps
 
 STEPS = 400  # more than a process makes before it is stopped
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", "from weft.cli.main import main; raise SystemExit(main())", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(*arguments: str) -> Program:
+    return Program(arguments)
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+def wait_for_step(run: Path, step: int, process: Program) -> None:
     """Until the log tells a step, or the process ended, or two minutes are over."""
     wait_until(lambda log: len(read_steps(log)) >= step, run, process)
 
 
-def wait_for_checkpoint(run: Path, process: subprocess.Popen[str]) -> None:
+def wait_for_checkpoint(run: Path, process: Program) -> None:
     """Until the log tells that a checkpoint is whole: it is written while training goes on."""
     wait_until(lambda log: any(event["event"] == "saved" for event in read_events(log)), run, process)
 
 
-def wait_until(seen: Callable[[Path], bool], run: Path, process: subprocess.Popen[str]) -> None:
+def wait_until(seen: Callable[[Path], bool], run: Path, process: Program) -> None:
     log = run / "events.rank0.jsonl"
     for _ in range(1200):
         if (log.is_file() and seen(log)) or process.poll() is not None:
@@ -55,7 +55,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(config, tmp_path, nu
     process = start("train", str(config))
     wait_for_step(tmp_path / "runs" / "run", 3, process)
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=60)
     steps = read_steps(tmp_path / "runs" / "run" / "events.rank0.jsonl")
     assert process.returncode == code, said
     assert f"saved at step {max(steps)}. To go on, run the same command again:\n  weft train {config}" in said
@@ -76,7 +76,7 @@ def test_a_killed_command_goes_on_from_its_newest_checkpoint(config, tmp_path):
     again = start("train", str(config), f"schedule.steps={STEPS}")
     wait_for_step(run, done + 2, again)
     again.send_signal(signal.SIGINT)
-    _, said = again.communicate(timeout=60)
+    said, _ = again.communicate(timeout=60)
     assert "resumed from" in said
     starts = [json.loads(line) for line in (run / "events.rank0.jsonl").read_text().splitlines()]
     resumed = [event["step"] for event in starts if event["event"] == "run_started"]
@@ -86,9 +86,12 @@ def test_a_killed_command_goes_on_from_its_newest_checkpoint(config, tmp_path):
 def test_every_fault_of_a_config_is_told_at_once_without_torch(config):
     config.write_text(config.read_text().replace("rank: 4", "rnak: 4").replace("lr: 0.001", "lr: much"))
     began = time.monotonic()
-    process = start("train", str(config), "shedule.steps=5")
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 2
+    command = [sys.executable, "-c", "from weft.cli.main import main; raise SystemExit(main())"]
+    ended = subprocess.run(
+        [*command, "train", str(config), "shedule.steps=5"], capture_output=True, text=True, timeout=60, check=False
+    )
+    said = ended.stderr
+    assert ended.returncode == 2
     assert "adapter.rnak: unknown key. Did you mean 'rank'?" in said
     assert "optimizer.lr: expected a number above 0, got 'much'" in said
     assert "(command line): shedule" in said

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.small import config_of
+from tests.small import config_of, plain_config
 from weft.errors import RunError
 from weft.run.checkpoint import read_checkpoint, whole_state
 from weft.run.checkpoint_folders import list_checkpoints
@@ -89,8 +90,6 @@ def train_in_child(config: RunConfig, kill_after: float | None) -> bool:
 @pytest.fixture(scope="module")
 def unbroken(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, float]:
     """The run that nothing happened to, and its seconds."""
-    from tests.small import plain_config
-
     root = tmp_path_factory.mktemp("unbroken")
     plain = plain_config(root, world / "model", world / "clips")
     plain["data"]["cache_folder"] = str(world / "cache")
@@ -150,11 +149,21 @@ def test_a_stopped_run_saves_and_goes_on_exactly(unbroken, plain):
     assert_same_run(unbroken[0].folder, config.folder)
 
 
-@pytest.fixture
-def started(plain) -> RunConfig:
+@pytest.fixture(scope="module")
+def short(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished short run."""
+    plain = plain_config(tmp_path_factory.mktemp("short"), world / "model", world / "clips")
+    plain["data"]["cache_folder"] = str(world / "cache")
     config = config_of(plain)
     train_run(config, silent)
+    return config.folder
+
+
+@pytest.fixture
+def started(short, plain) -> RunConfig:
+    """A finished short run of the test's own."""
+    config = config_of(plain)
+    shutil.copytree(short, config.folder)
     return config
 
 

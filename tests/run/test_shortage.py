@@ -2,52 +2,54 @@
 
 import gc
 import json
-import subprocess
 import sys
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tests.learners import small_config
+from tests.learners import ROLE, Given, learner_of, small_config
+from tests.multi import RankFailed, spawn
 from tests.small import config_of, make_clips
+from weft.contracts import Batch, NoState, Rng
+from weft.data.buckets import Bucket
 from weft.errors import RunError
+from weft.events import Event, PhaseStarted
 from weft.run.checks import check
+from weft.run.ladder import remedies
 from weft.run.shortage import OutOfMemory, explained, is_shortage, naming
 from weft.run.start import fill_cache, train_run
 
 CPU = torch.device("cpu")
-REAL = """
-import resource, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from tests.learners import ROLE, Given, learner_of, small_config
-from weft.contracts import Batch, NoState
-from weft.data.buckets import Bucket
-from weft.run.ladder import remedies
-from weft.run.shortage import explained, naming
 
-root, model, doing, room = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-config = small_config(root, model, engine={"precision": "fp32"})
-learner = learner_of(config)
-remedies(config, Bucket(9, 64, 64, 48), 1)  # what torch imports when it is first asked must not count
-shape = (2, 16, 5, 60, 104)
-batch = Batch({"latents": torch.randn(shape), "text": torch.randn(2, 5, 128), "noise": torch.randn(shape),
-               "t": torch.rand(2)}, ("a", "b"))
-now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-with explained(config):
-    with learner.model.adapters.use(ROLE):
+
+def limit_memory(room: int) -> None:
+    """Let this process have so many bytes of address space more, and none beyond."""
+    import resource  # which Windows has not
+
+    limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + room
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def run_short(root: Path, model: Path, doing: str, room: int) -> None:
+    """A forward and a backward pass, of which one gets too little."""
+    config = small_config(root, model, engine={"precision": "fp32"})
+    learner = learner_of(config)
+    remedies(config, Bucket(9, 64, 64, 48), 1)  # what torch imports when it is first asked must not count
+    shape = (8, 16, 5, 30, 52)
+    batch = Batch({"latents": torch.randn(shape), "text": torch.randn(8, 5, 128), "noise": torch.randn(shape),
+                   "t": torch.rand(8)}, tuple("abcdefgh"))  # fmt: skip
+    with explained(config), learner.model.adapters.use(ROLE):
         if doing == "forward":
-            resource.setrlimit(resource.RLIMIT_AS, (now + room, now + room))
-        with naming("forward", torch.device("cpu"), shape):
-            loss = Given().loss("train", learner.model, batch, NoState(), None).total
-        now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (now + room, now + room))
-        with naming("backward", torch.device("cpu"), shape):
+            limit_memory(room)
+        with naming("forward", CPU, shape):
+            rng = Rng(torch.Generator(), torch.Generator(), config.seed, draw=0, done=0)
+            loss = Given().loss("train", learner.model, batch, NoState(), rng).total
+        limit_memory(room)
+        with naming("backward", CPU, shape):
             learner.engine.backward(loss, last=True)
-"""
 
 
 @pytest.mark.slow
@@ -55,12 +57,11 @@ with explained(config):
 @pytest.mark.parametrize(("doing", "room"), [("forward", 60 << 20), ("backward", 10 << 20)])
 def test_a_real_shortage_ends_with_bucket_phase_peak_and_three_remedies(world, tmp_path, doing, room):
     """15600 tokens of width 24 keep some 300 MB of a small network; the process gets less than that."""
-    script = [sys.executable, "-c", REAL, str(tmp_path), str(world / "model"), doing, str(room)]
-    ended = subprocess.run(script, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=300)
-    said = ended.stderr.strip()
-    assert ended.returncode == 1
+    with pytest.raises(RankFailed) as failed:
+        spawn(1, run_short, tmp_path, world / "model", doing, room, timeout=300)
+    said = str(failed.value)
     assert "weft.errors.RunError" in said, said
-    assert f"out of memory on cpu in {doing}, bucket 17x480x832 at batch 2" in said
+    assert f"out of memory on cpu in {doing}, bucket 17x240x416 at batch 8" in said
     assert "can't allocate memory" in said
     assert "At its peak it held" in said and "GiB of" in said
     assert "1. engine.recompute=true  (" in said
@@ -141,46 +142,33 @@ def test_tensors_that_filled_the_memory_are_free_when_remedies_are_worked_out(wo
     assert alive[0]() is None
 
 
-WHOLE = """
-import json, resource, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from tests.small import config_of
-from weft.data.buckets import Bucket
-from weft.events import PhaseStarted
-from weft.run.ladder import remedies
-from weft.run.start import train_run
+def train_short(plain: dict[str, Any]) -> None:
+    """A whole run that gets too little from its first step on."""
+    config = config_of(plain)
+    remedies(config, Bucket(9, 64, 64, 48), 1)  # what torch imports when it is first asked must not count
 
-config = config_of(json.loads(Path(sys.argv[1]).read_text()))
-remedies(config, Bucket(9, 64, 64, 48), 1)  # what torch imports when it is first asked must not count
+    def shrink(event: Event) -> None:
+        if isinstance(event, PhaseStarted) and event.phase == "training":
+            limit_memory(10 << 20)
 
-def shrink(event):
-    if isinstance(event, PhaseStarted) and event.phase == "training":
-        room = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + (10 << 20)
-        resource.setrlimit(resource.RLIMIT_AS, (room, room))
-
-train_run(config, shrink)
-"""
+    train_run(config, shrink)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the address space of a process so")
 def test_a_whole_run_that_runs_out_of_memory_says_so_in_its_log_and_goes_on_when_it_has_room(world, plain, tmp_path):
-    make_clips(tmp_path / "large", count=3, frames=33, side=256)
+    make_clips(tmp_path / "large", count=3, frames=33, side=128)
     plain["data"] |= {
-        "sources": [{"path": str(tmp_path / "large"), "repeats": 8}], "batch_size": 8, "validation_items": 0,
-        "buckets": {"sizes": [[256, 256]], "frames": [33]},
+        "sources": [{"path": str(tmp_path / "large"), "repeats": 8}], "batch_size": 16, "validation_items": 0,
+        "buckets": {"sizes": [[128, 128]], "frames": [33]},
     }  # fmt: skip
     plain["schedule"], plain["validation"] = {"steps": 2, "warmup": 0}, {"every": 0}
     config = config_of(plain)
     fill_cache(config, check(config), lambda event: None)  # in the process that is to fail, it would leave room behind
-    (tmp_path / "config.json").write_text(json.dumps(plain))
-    script = [sys.executable, "-c", WHOLE, str(tmp_path / "config.json")]
-    ended = subprocess.run(script, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=300)
-    said = "out of memory on cpu in forward, bucket 33x256x256 at batch 8"
-    assert ended.returncode == 1 and said in ended.stderr, ended.stderr[-2000:]
-    assert "  1. engine.recompute=true  (" in ended.stderr
+    said = "out of memory on cpu in forward, bucket 33x128x128 at batch 16"
+    with pytest.raises(RankFailed, match=said) as failed:
+        spawn(1, train_short, plain, timeout=300)
+    assert "  1. engine.recompute=true  (" in str(failed.value)
     log = (tmp_path / "runs" / "run" / "events.rank0.jsonl").read_text().splitlines()
     last = json.loads(log[-1])
     assert (last["event"], last["outcome"]) == ("run_ended", "failed") and said in last["reason"]

@@ -158,6 +158,7 @@ class Children:
 
     heard: int = 0  # the first signal, 0 when there was none
     _running: list[subprocess.Popen[str]] = field(default_factory=list)
+    _told: set[int] = field(default_factory=set)  # pids that a signal was passed on to
     _lines: Lock = field(default_factory=Lock)
     _gone: bool = False  # the terminal was closed, so there is nobody to print to
 
@@ -168,14 +169,21 @@ class Children:
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self.heard = self.heard or number
         for process in self._running:
-            process.send_signal(signal.SIGTERM if number == HANGUP else number)
+            self._pass_on(process, number)
+
+    def _pass_on(self, process: subprocess.Popen[str], number: int) -> None:
+        self._told.add(process.pid)
+        process.send_signal(signal.SIGTERM if number == HANGUP else number)
 
     def run(self, tasks: Sequence[Task]) -> list[int]:
         """Exit codes, when all have ended; as a shell counts them, 128 + signal for those that a signal ended."""
         self._running = []
         for task in tasks:
             if not self.heard:
-                self._running.append(self._started(task))
+                process = self._started(task)
+                self._running.append(process)
+                if self.heard and process.pid not in self._told:  # it came while this one was being started
+                    self._pass_on(process, self.heard)
         readers = [
             Thread(target=self._relay, args=(process, task.label), daemon=True)
             for process, task in zip(self._running, tasks, strict=False)  # fewer, when a signal came early
