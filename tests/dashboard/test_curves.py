@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weft import events
-from weft.dashboard.curves import Curves
+from weft.dashboard.curves import Curves, forward
 from weft.dashboard.run_log import RunLog
 from weft.dashboard.thinning import kept, smoothed
 from weft.run.listeners import EventLog, read_steps
@@ -137,3 +137,10 @@ def test_a_series_of_100000_points_is_answered_in_a_blink() -> None:
         assert len(curves.drawn("loss", None, None, 1500, 0.99)["steps"]) <= 1500
         took.append(time.process_time() - began)
     assert min(took) < 0.2, "0.02 s on an idle core"
+
+
+def test_a_clock_that_was_set_back_folds_no_curve() -> None:
+    """An hour back between the third step and the fourth: what was before lies an hour earlier, all else is as told."""
+    told = numpy.array([7200.0, 7201.0, 7202.0, 3602.0, 3603.0])
+    assert forward(told).tolist() == [3600.0, 3601.0, 3602.0, 3602.0, 3603.0]
+    assert forward(told[:3]).tolist() == told[:3].tolist()

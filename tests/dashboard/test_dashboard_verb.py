@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.dashboard.folders import finished
 from tests.dashboard.serving import Dashboard, Listener, Place
-from weft.cli.dashboard import USUAL, start_beside, state_folder, tunnel
+from weft.cli.dashboard import API_PORT, USUAL, start_beside, state_folder, tunnel
 from weft.cli.main import main
 from weft.dashboard.launch import all_standing
 from weft.errors import ConfigError, RunError
@@ -112,6 +113,19 @@ def test_beside_a_training_a_port_that_cannot_be_had_is_refused(runs, state):
         port = other.getsockname()[1]
         with pytest.raises(RunError, match=f"--dashboard: .*{port} is taken by another program"):
             start_beside(str(port), runs)
+
+
+def test_beside_a_training_the_api_takes_a_free_port_where_another_folders_dashboard_has_the_usual_one(runs, state):
+    with socket.create_server(("127.0.0.1", 0)) as other, socket.socket() as usual:
+        usual.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with suppress(OSError):  # another program has it: as good
+            usual.bind(("127.0.0.1", API_PORT))
+            usual.listen()
+        asked = other.getsockname()[1]
+        other.close()
+        start_beside(str(asked), runs)
+    (standing,) = all_standing(state / "weft")
+    assert standing.port == asked and standing.api_port not in (None, API_PORT)
 
 
 def test_the_word_dashboard_takes_no_config_for_its_port(tmp_path, capsys):

@@ -72,7 +72,8 @@ def test_a_run_s_stream_tells_the_run_its_points_and_its_entries_as_they_come(ro
     assert (entry["kind"], entry["text"], entry["level"]) == ("notice", "look here", "info")
     points = stream.until("points")
     assert [point["step"] for point in points.data["points"]] == [1]
-    assert set(points.data["points"][0]) == {"step", "time", "metrics", "seconds"}  # and no names of items
+    fields = {"step", "time", "metrics", "seconds", "items", "memory"}  # and no names of items
+    assert set(points.data["points"][0]) == fields
     assert int(points.id or "") > position
     stream.close()
 

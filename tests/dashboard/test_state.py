@@ -62,6 +62,11 @@ def test_a_stalled_run_says_since_when_and_at_what(tmp_path) -> None:
     assert "stop" in run["commands"]
 
 
+def test_a_process_that_was_held_by_ctrl_z_is_stalled_and_the_page_says_how_it_goes_on(tmp_path) -> None:
+    state, reason = state_of(folders.stalled(tmp_path, NOW), NOW + 40)
+    assert state == "stalled" and reason and "Ctrl-Z" in reason and "kill -CONT" in reason
+
+
 def test_a_slow_step_is_no_stall(tmp_path) -> None:
     """600 s without a sign, where 200 s between two have been usual."""
     folder = folders.stalled(tmp_path, NOW)
@@ -239,7 +244,6 @@ def test_a_clock_that_is_set_back_takes_no_step_away(tmp_path) -> None:
     run.clock.now -= 3600
     for step in range(21, 31):
         run.step(step)
-    run.beat()
     assert Store(tmp_path, lambda: run.clock.now).summary("backward")["step"] == 30
 
 

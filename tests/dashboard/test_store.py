@@ -218,10 +218,12 @@ def test_a_changed_learning_rate_is_the_rate_at_the_top_of_its_schedule(tmp_path
 def test_a_command_is_told_as_one_sentence_and_a_factor_is_no_rate(tmp_path) -> None:
     run = RunWriter(tmp_path / "ordered", NOW)
     run.begin()
-    for arguments, done, reason in (({"factor": 0.5, "optimizer": None}, True, "default: 0.003 -> 0.0015"),
-                                    ({"lr": 1e-3, "optimizer": "critic"}, False, "there is none. Choose another.")):  # fmt: skip
-        run.tell(events.Controlled(step=3, id="1", command="rate", arguments=arguments, by="ctl", done=done,
-                                   reason=reason))  # fmt: skip
+    for arguments, done, reason in (
+        ({"factor": 0.5, "optimizer": None}, True, "default: 0.003 -> 0.0015"),
+        ({"lr": 1e-3, "optimizer": "critic"}, False, "there is none. Choose another."),
+    ):
+        order = {"step": 3, "id": "1", "command": "rate", "arguments": arguments, "by": "ctl"}
+        run.tell(events.Controlled(**order, done=done, reason=reason))
     assert [entry["text"] for entry in Store(tmp_path).run("ordered")["entries"]] == [
         "Rate times 0.5, asked from a shell: default: 0.003 -> 0.0015.",
         "Rate 0.001 critic, asked from a shell, was refused: there is none. Choose another.",

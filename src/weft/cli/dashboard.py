@@ -250,7 +250,9 @@ def start_beside(place: str, root: Path) -> None:
             refuse_older_token(one, token)
             print(f"dashboard: {one.url(token)}", flush=True)
             return
-    ports = [["--port", str(asked)]] if asked is not None else [["--port", str(PORT)], ["--port", "0"]]
+    first = ["--port", str(PORT if asked is None else asked)]
+    # Where another folder's dashboard has the usual API port, or the usual page port too, any that is free does.
+    ports = [first, ["--port", "0"] if asked is None else [*first, "--api-port", "0"]]
     print(f"dashboard: {started_beside(root, ports)}", flush=True)
 
 
@@ -262,7 +264,8 @@ def started_beside(root: Path, ports: Sequence[Sequence[str]]) -> str:
         if url:
             return url
         process.wait()
-    raise RunError(f"--dashboard: {said.removeprefix('error: ') or 'the dashboard did not start'}")
+    silent = f"it did not start, and dashboard.log does not say why. To see why: weft dashboard {root}"
+    raise RunError(f"--dashboard: {said.removeprefix('error: ') or silent}")
 
 
 def spawned(root: Path, options: Sequence[str]) -> tuple["subprocess.Popen[str]", str, str]:

@@ -116,7 +116,7 @@ class Curves:
         self.settle()
         column = self.columns.get(name, Column())
         places = numpy.array(column.places, dtype=numpy.intp)
-        steps, times = numpy.array(self._steps, dtype=float), numpy.array(self._times, dtype=float)
+        steps, times = numpy.array(self._steps, dtype=float), forward(numpy.array(self._times, dtype=float))
         values = numpy.array(column.values, dtype=float)
         values[~numpy.isfinite(values)] = numpy.nan
         return steps[places], times[places], values
@@ -139,6 +139,15 @@ class Curves:
             "values": plain(values[chosen]),
             "smoothed": plain(means[chosen]),
         }
+
+
+def forward(times: Floats) -> Floats:
+    """Times that never go back. Where a clock was set back, what came before it is moved back as far: the last clock
+    counts, and no curve folds over itself."""
+    back = numpy.minimum(numpy.diff(times), 0.0)
+    if not back.any():
+        return times
+    return times + numpy.append(numpy.cumsum(back[::-1])[::-1], 0.0)
 
 
 def plain(values: Floats) -> list[float | None]:

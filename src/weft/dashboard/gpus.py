@@ -52,6 +52,8 @@ def told(file: GpuFile, run_state: str, alive: bool) -> dict[str, Any]:
         state = "active" if alive else run_state if run_state in STATES else "crashed"
         state = "stalled" if state == "active" and run_state == "stalled" else state
     active = state == "active"
+    doing = "paused" if run_state == "paused" else str(facts.get("activity") or "")
+    activity = doing if active else state
     gpu = facts.get("gpu")
     return {
         "number": file.number,
@@ -59,7 +61,7 @@ def told(file: GpuFile, run_state: str, alive: bool) -> dict[str, Any]:
         "name": str(gpu.get("name")) if isinstance(gpu, Mapping) else "",
         "host": str(facts.get("host") or ""),
         "state": state,
-        "activity": str(facts.get("activity") or "") if active else state,
+        "activity": activity,
         "step": facts.get("step"),
         "total_steps": facts.get("total_steps"),
         "loss": number(facts.get("loss")),
@@ -67,7 +69,7 @@ def told(file: GpuFile, run_state: str, alive: bool) -> dict[str, Any]:
         "lr": number(facts.get("lr")),
         "memory": {name: number(memory.get(name)) if isinstance(memory, Mapping) else None for name in MEMORY},
         "seconds_per_step": number(facts.get("seconds_per_step")),
-        "eta": number(facts.get("eta")) if active and facts.get("activity") != "paused" else None,
+        "eta": number(facts.get("eta")) if active and activity != "paused" else None,
         "data_wait": number(facts.get("data_wait")),
         "updated_at": number(facts.get("updated_at")),
         "error": facts.get("error") if isinstance(facts.get("error"), Mapping) else None,

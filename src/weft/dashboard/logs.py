@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from weft.dashboard.regular import opened
 from weft.run.run_log import levelled
 
 END = 256 << 10  # bytes that are read of a log's end
@@ -31,7 +32,7 @@ def log_of(folder: Path, lines: int, others: bool = False) -> list[dict[str, Any
 
 def _last(path: Path, lines: int) -> list[dict[str, Any]]:
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             size = file.seek(0, 2)
             file.seek(max(0, size - END))
             text = file.read(END).decode("utf-8", errors="replace")

@@ -7,8 +7,11 @@ from typing import Any, Generic, TypeVar
 
 import yaml
 
+from weft.dashboard.regular import opened
+
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, many times quicker where libyaml is there
 LARGEST = 16 << 20  # bytes; ours are far smaller
+DEEPEST, MOST = 50, 100_000  # levels and values of a YAML file: a config has some ten, and some hundred
 T = TypeVar("T")
 Signature = tuple[int, int, int] | None
 
@@ -44,7 +47,7 @@ class Remembered(Generic[T]):
 def text_of(path: Path, limit: int = LARGEST) -> str:
     """A file's text, at most `limit` bytes of it; bytes that are no UTF-8 are marked."""
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             return file.read(limit).decode("utf-8", errors="replace")
     except OSError:
         return ""
@@ -61,11 +64,34 @@ def json_of(path: Path) -> dict[str, Any]:
 
 def yaml_of(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; empty where there is none to be had."""
+    text = text_of(path)
     try:
-        found = yaml.load(text_of(path), Loader)
+        found = yaml.load(text, Loader) if _is_shallow(text) else None
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return found if isinstance(found, dict) and _is_finite(found) else {}
+
+
+def _is_shallow(text: str) -> bool:
+    """Whether it nests as a config does: what nests deeper takes minutes to build."""
+    depth = 0
+    for number, event in enumerate(yaml.parse(text, Loader)):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST or number > 4 * MOST:
+            return False
+    return True
+
+
+def _is_finite(tree: Any) -> bool:
+    """Whether it can be walked through: aliases of aliases are small in a file and endless to whoever follows them."""
+    left, waiting = MOST, [tree]
+    while waiting and left > 0:
+        node, left = waiting.pop(), left - 1
+        within = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+        if len(within) > left:
+            return False
+        waiting.extend(within)
+    return left > 0
 
 
 def rank_of(path: Path) -> int | None:

@@ -12,6 +12,7 @@ from weft.dashboard.tail import number
 PHASES = ("starting", "caching", "training", "validating", "sampling", "saving", "paused")
 OVER = ("finished", "stopped", "crashed")
 PATIENCE = 60.0  # seconds without a sign of work that are never a stall
+HELD = 30.0  # seconds without a beat from a process that lives here: it does not run at all
 USUAL_STEPS = 10  # so many steps' time is a usual gap
 USUAL_GAPS = 5  # so many times the longest usual gap is none
 
@@ -110,12 +111,18 @@ def _living(signs: Signs, step: int, now: float) -> Verdict:
     if phase != "paused" and silent > patience(signs):
         at = now - silent
         gone = f" The process of rank {signs.lost[0]} is gone, for which the others wait." if signs.lost else ""
-        reason = (
-            f"No sign of work since {clock(at)}, while {_doing(phase)}; the process still lives. "
-            f"It may wait for a disk, a network or another process.{gone}"
-        )
+        why = "It may wait for a disk, a network or another process."
+        if _is_held(signs, now):
+            why = "It does not run at all: it is held (Ctrl-Z, SIGSTOP: go on with fg or kill -CONT), or swapped out."
+        reason = f"No sign of work since {clock(at)}, while {_doing(phase)}; the process still lives. {why}{gone}"
         return Verdict(state="stalled", phase=phase, since=at, reason=reason, step=step, **counts)
     return Verdict(state=phase, phase=phase, since=since, step=step, **counts)
+
+
+def _is_held(signs: Signs, now: float) -> bool:
+    """Whether not even the beating thread of a process on this machine comes to work."""
+    at = number(signs.beat.get("time"))
+    return at is not None and signs.beat.get("host") == platform.node() and now - at > HELD
 
 
 def _phase(signs: Signs) -> tuple[str, float | None]:

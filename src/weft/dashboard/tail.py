@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from weft.dashboard.regular import opened
+
 TURN = 8 << 20  # bytes that are read at one go
 LONGEST = 4 << 20  # bytes of a line; a longer one is passed over, and never held as a whole
 HEAD = 128  # bytes at a file's beginning by which it is known again: they hold the time of its first event
@@ -42,7 +44,7 @@ class Tail:
     def read(self, limit: int = TURN) -> Lines:
         """The whole lines that have come since, of at most `limit` bytes. A file that is not there has none."""
         try:
-            with self.path.open("rb") as file:
+            with opened(self.path) as file:
                 return self._read(file, limit)
         except OSError:  # not there yet, or no longer, or out of reach for this moment
             return Lines()
@@ -100,7 +102,7 @@ def lines_after(path: Path, position: int, limit: int = TURN // 2) -> tuple[int,
     """
     offset = position & ((1 << OFFSET_BITS) - 1)
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             head, size = file.read(HEAD), os.fstat(file.fileno()).st_size
             known = position >> OFFSET_BITS
             if size < offset or size - offset > limit or (known and position_of(head, offset) != position):

@@ -127,7 +127,9 @@ def checked_rate(arguments: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: arguments[name] for name in ("lr", "factor") if arguments.get(name) is not None}
     if len(given) != 1:
         got = "both" if given else "neither"
-        raise RunError(f"rate: give lr (the new learning rate) or factor (what the old one is multiplied by), got {got}.")
+        raise RunError(
+            f"rate: give lr (the new learning rate) or factor (what the old one is multiplied by), and got {got}."
+        )
     ((name, value),) = given.items()
     if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
         raise RunError(f"rate: {name} must be a number above 0, and got {value!r}.")

@@ -120,6 +120,12 @@ function drawCrumbs(here, runName) {
   );
 }
 
+// What the sign says, and more at length, where the server is there and refuses.
+const REFUSED = {
+  gone: ["No such run any more", "The run's folder was deleted or renamed; what is drawn was the last of it."],
+  locked: ["Token changed", "The dashboard has another token now: open the page by the URL that it printed."],
+};
+
 // The connection sign: live, reconnecting in n s, server gone: last seen ...; told aloud when it changes.
 function connected(state) {
   clearInterval(countdown);
@@ -129,6 +135,7 @@ function connected(state) {
     if (state.word === "hidden") return "Paused while hidden";
     if (state.word === "connecting" && !(state.attempt > 0)) return "Connecting";
     if (state.word === "over") return "Not live";
+    if (state.word in REFUSED) return REFUSED[state.word][0];
     const seen = gone && state.seen ? `Server gone, last seen ${clock(state.seen / 1000, true)}` : "No server";
     if (state.word === "connecting") return `${seen}, trying`;
     return `${gone ? seen : "Reconnecting"} in ${Math.max(0, Math.ceil((state.until - Date.now()) / 1000))} s`.replace(
@@ -137,15 +144,17 @@ function connected(state) {
     );
   };
   const look = state.word === "live" ? "live" : state.attempt > 0 ? "away" : "connecting";
-  if (connection.dataset.state !== look && look !== "connecting")
-    announce(look === "live" ? "Live" : "The server does not answer.");
+  const refused = REFUSED[state.word] !== undefined && connection.dataset.word !== state.word;
+  if ((connection.dataset.state !== look && look !== "connecting") || refused)
+    announce(look === "live" ? "Live" : (REFUSED[state.word]?.[1] ?? "The server does not answer."));
   connection.dataset.state = look;
+  connection.dataset.word = state.word;
   document.body.toggleAttribute("data-stale", look === "away"); // what is shown may be so no more
   setTitle(
     connection,
     look === "live"
       ? "The page hears of each step as it ends."
-      : "What is drawn stays; the page goes on by itself when the server answers.",
+      : (REFUSED[state.word]?.[1] ?? "What is drawn stays; the page goes on by itself when the server answers."),
   );
   setText(sign.word, words());
   if (state.word === "waiting") countdown = setInterval(() => setText(sign.word, words()), 500);

@@ -45,7 +45,7 @@ export function lengthen(series, names, points, smooth) {
       if (curve.steps.length > 0 && point.step <= curve.steps.at(-1)) continue;
       if (value !== null) curve.latest = smoother(curve, value, smooth);
       curve.steps.push(point.step);
-      curve.times.push(point.time);
+      curve.times.push(Math.max(point.time, curve.times.at(-1) ?? 0)); // a clock may be set back
       curve.values.push(value);
       curve.smoothed.push(curve.count > 0 ? curve.latest : null);
       changed.add(name);

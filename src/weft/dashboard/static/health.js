@@ -5,6 +5,7 @@ import { h, replace, setText, show } from "./dom.js";
 import { integer, number, NONE } from "./format.js";
 import { check, dataTable, empty, field, part, region, select, told } from "./parts.js";
 
+const WIDEST = 200; // pixels of a cell: few steps fill the page as far as one can still read across
 const LONGEST = 18; // letters of a group's name, left of the cells
 const FOOT = 22; // px for the steps, below them
 const MEASURES = {
@@ -142,7 +143,7 @@ function heatMap(choose) {
   function draw(rows, steps, scale, colours) {
     const gutter = Math.ceil(20 + 6.7 * Math.min(LONGEST, Math.max(...rows.map((row) => row.label?.length ?? 0)))); // letters of 11 px
     const room = Math.max(160, box.clientWidth - gutter - 2);
-    const width = Math.max(6, Math.min(64, Math.floor(room / steps.length)));
+    const width = Math.max(6, Math.min(WIDEST, Math.floor(room / steps.length)));
     const height = Math.max(3, Math.min(18, Math.round(720 / rows.length)));
     at.shape = { rows, steps, width, height, gutter };
     const ratio = window.devicePixelRatio || 1;

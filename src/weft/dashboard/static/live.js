@@ -4,9 +4,9 @@ const WAITS = [0.5, 1, 2, 3, 5]; // seconds before each new attempt; the last fo
 
 // Follows one run (`run`: its id) or the list of runs (none). `after`: position of the last record that is known.
 // hear: {runs, run, points, entry, reset, state}; state({word, until, seen, attempt}), word: live, connecting, waiting
-// or hidden.
+// hidden, gone (the server answers, and has no such run) or locked (it has another token now).
 export function live({ run, after, hear }) {
-  const at = { position: after ?? null, attempt: 0, seen: null, source: null, timer: 0, closed: false };
+  const at = { position: after ?? null, attempt: 0, seen: null, source: null, timer: 0, closed: false, refused: null };
 
   const tell = (word, until = null) => hear.state?.({ word, until, seen: at.seen, attempt: at.attempt });
 
@@ -27,11 +27,12 @@ export function live({ run, after, hear }) {
   function open() {
     clearTimeout(at.timer);
     if (at.closed || document.hidden || at.source) return;
-    tell("connecting");
+    tell(at.refused ?? "connecting");
     const source = new EventSource(address());
     at.source = source;
     source.onopen = () => {
       at.attempt = 0;
+      at.refused = null;
       at.seen = Date.now();
       tell("live");
     };
@@ -50,7 +51,22 @@ export function live({ run, after, hear }) {
     const wait = WAITS[Math.min(at.attempt, WAITS.length - 1)] * 1000;
     at.attempt += 1;
     at.timer = setTimeout(open, wait);
-    tell("waiting", Date.now() + wait);
+    const until = Date.now() + wait;
+    tell(at.refused ?? "waiting", until);
+    refusal().then((word) => {
+      at.refused = word;
+      if (word && !at.closed && !at.source && !document.hidden) tell(word, until);
+    });
+  }
+
+  // Why the server, if it is there, does not let the page follow.
+  async function refusal() {
+    try {
+      const { status } = await fetch(run === undefined ? "/api/runs" : `/api/runs/${encodeURIComponent(run)}`);
+      return { 401: "locked", 404: "gone" }[status] ?? null;
+    } catch {
+      return null;
+    }
   }
 
   function turned() {
