@@ -18,7 +18,7 @@ from weft.events import Evaluated, Incident, PhaseStarted, RunEnded, RunStarted,
 from weft.run import gpu_log
 from weft.run.folder import born
 from weft.run.gpu_log import GpuLog, History, memory, open_gpu_log, remove_dead
-from weft.run.listeners import EventLog
+from weft.run.listeners import Eta, EventLog
 from weft.run.start import train_run
 
 MEMORY = {"used": 3, "peak": 4, "used_by_all": 5, "total": 6}
@@ -193,3 +193,13 @@ def test_every_run_keeps_one(plain):
     again = train_run(config_of(plain, schedule={"steps": 3, "curve": "constant"},
                                 resume_allow=["schedule"]), lambda event: None)  # fmt: skip
     assert [point["step"] for point in read(again.folder / "training_gpu0.json")["history"]] == [1, 2, 3]
+
+
+def test_the_time_left_is_that_of_usual_steps_and_not_of_one_in_which_the_machine_slept():
+    eta = Eta()
+    for seconds in (9.0, 9.0, 2.0, 2.0, 3600.0, 2.0):  # two warm the process up, and one is a closed lid
+        eta.step(seconds)
+    assert eta.left(100) == pytest.approx(200.0)
+    for _ in range(60):  # it really is slower now
+        eta.step(40.0)
+    assert eta.left(100) == pytest.approx(4000.0, rel=0.01)

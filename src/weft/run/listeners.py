@@ -75,17 +75,21 @@ def read_steps(path: Path) -> dict[int, dict[str, Any]]:
 
 
 class Eta:
-    """Seconds left, from the pace of recent steps; the first steps of a process are slower and do not count."""
+    """Seconds left, from the pace of recent steps; the first steps of a process are slower and do not count, nor does
+    a single one in which the process was held: a machine that slept, Ctrl-Z."""
 
     WARM_UP = 2
+    HELD = 10  # times the pace; two such steps in a row are the new pace
 
     def __init__(self) -> None:
         self._pace: float | None = None
         self._seen = 0
+        self._held = False
 
     def step(self, seconds: float) -> None:
         self._seen += 1
-        if self._seen > self.WARM_UP:
+        self._held = self._pace is not None and seconds > self.HELD * self._pace and not self._held
+        if self._seen > self.WARM_UP and not self._held:
             self._pace = seconds if self._pace is None else 0.9 * self._pace + 0.1 * seconds
 
     @property
