@@ -41,7 +41,7 @@ class Hub:
         self.summaries: dict[str, tuple[str, Mapping[str, Any]]] | None = None  # id -> as text, and as data
         self.runs: dict[str, tuple[str, int] | None] = {}  # id -> as text, and the position; None: it is gone
         self.closed = False
-        self.used = time.monotonic()  # when somebody last asked or watched
+        self._used = time.monotonic()  # when somebody last asked or watched
         self._watchers: Counter[str | None] = Counter()
         self._wanted = asyncio.Event()
         self._told: set[str] = set()
@@ -51,8 +51,13 @@ class Hub:
     def full(self) -> bool:
         return self._watchers.total() >= MOST_WATCHERS
 
+    @property
+    def idle(self) -> float:
+        """Seconds since somebody last asked or watched."""
+        return 0.0 if self._watchers else time.monotonic() - self._used
+
     def touch(self) -> None:
-        self.used = time.monotonic()
+        self._used = time.monotonic()
 
     @contextmanager
     def watched(self, what: str | None) -> Iterator[None]:
@@ -80,7 +85,6 @@ class Hub:
         while not self.closed:
             self._wanted.clear()
             if self._watchers:
-                self.touch()
                 await self._once()
                 self._wake()
             await until(self._wanted, self.every if self._watchers else None)

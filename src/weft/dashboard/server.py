@@ -3,7 +3,6 @@
 import asyncio
 import signal
 import socket
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -115,10 +114,10 @@ async def idleness(hub: Hub, store: Store, seconds: float) -> None:
     """Return when for so long nobody has watched or asked, and no run here has lived."""
     while True:
         await asyncio.sleep(min(GLANCE, seconds / 4))
-        if time.monotonic() - hub.used < seconds:
+        if hub.idle < seconds:
             continue
         summaries = await asyncio.to_thread(store.summaries)
         if any(summary["state"] not in OVER for summary in summaries):
             hub.touch()
-        elif time.monotonic() - hub.used >= seconds:
+        elif hub.idle >= seconds:
             return
