@@ -14,12 +14,10 @@ from weft.run.listeners import read_steps
 from weft.run.start import train_run
 
 STEPS = 30
-
-
-@pytest.mark.slow
 SAVE = {"every": 5, "background": False}  # else a kill may come before the first checkpoint is whole
 
 
+@pytest.mark.slow
 def test_a_real_run_is_read_while_it_trains_is_killed_and_goes_on(tmp_path) -> None:
     torch.set_num_threads(1)  # a forked child must not inherit a pool of threads that is not there
     plain = plain_config(tmp_path, make_wan(tmp_path / "model"), make_clips(tmp_path / "clips"))
