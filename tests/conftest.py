@@ -2,10 +2,14 @@
 what is imported is looked at no more when garbage is collected."""
 
 import gc
+import os
 
 import torch
 
 torch.set_num_threads(1)
+# A fork leaves torch's thread pool behind, and the first to use it afterwards makes it anew. Loader threads of
+# transformers would do so all at once, which now and then fails ("Invalid thread pool"): it is made anew here.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 def pytest_collection_finish() -> None:

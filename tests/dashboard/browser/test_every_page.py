@@ -50,6 +50,7 @@ def test_every_run_of_the_gallery_opens_and_says_its_state(visit: Visit, served:
 def test_a_run_with_nothing_yet_or_with_garbage_says_so_on_each_tab(visit: Visit, tab: str):
     for run in ("no-points", "one-point", "corrupt", "eight-gpus"):
         visit.run(run, tab)
+        expect(visit.page.locator(".tab-body")).not_to_be_empty()
 
 
 def test_words_of_a_run_are_shown_and_not_obeyed(visit: Visit):
