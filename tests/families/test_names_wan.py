@@ -9,7 +9,8 @@ from torch.testing import assert_close
 
 from tests.families import networks, official
 from weft.families import names_wan
-from weft.families.pieces import Names
+from weft.names import wan
+from weft.names.rules import Names
 
 
 def cut(state: dict[str, Tensor], names: Names) -> dict[str, Tensor]:
@@ -39,7 +40,7 @@ KINDS = [{}, {"channels": 36}, {"channels": 36, "clip": True}, {"channels": 48, 
 def test_a_transformers_official_tensors_are_found_as_diffusers_converter_finds_them(kind):
     network = networks.wan(**kind)
     theirs = official.wan_transformer(network.state_dict())
-    found = cut(theirs, names_wan.transformer(shapes(theirs)))
+    found = cut(theirs, wan.transformer(shapes(theirs)))
     assert same(found, network.state_dict())
     converted = convert_wan_transformer_to_diffusers({name: tensor.clone() for name, tensor in theirs.items()})
     position = "condition_embedder.image_embedder.pos_embed"
@@ -48,7 +49,7 @@ def test_a_transformers_official_tensors_are_found_as_diffusers_converter_finds_
 
 
 def test_the_norm_before_cross_attention_is_the_third_officially_and_the_second_in_diffusers():
-    found = names_wan.transformer({"blocks.3.norm3.weight": (8,), "blocks.3.norm3.bias": (8,)})
+    found = wan.transformer({"blocks.3.norm3.weight": (8,), "blocks.3.norm3.bias": (8,)})
     assert {target: piece.source for target, piece in found.items()} == {
         "blocks.3.norm2.weight": "blocks.3.norm3.weight",
         "blocks.3.norm2.bias": "blocks.3.norm3.bias",

@@ -17,11 +17,11 @@ from torch.testing import assert_close
 from tests.families import networks, official
 from weft.contracts import Berth
 from weft.errors import ModelError
-from weft.families.names_wan import transformer
-from weft.families.pieces import unchanged
 from weft.families.storage import PackedLinear
 from weft.families.stored import WeightFiles
 from weft.families.weights import Form, Source, bare, fill, weight_bytes
+from weft.names.rules import unchanged
+from weft.names.wan import transformer
 
 FP8 = torch.float8_e4m3fn
 
@@ -235,13 +235,13 @@ def test_what_the_maker_of_an_fp8_file_left_wide_stays_wide(tmp_path: Path):
 
 
 def test_fused_projections_in_fp8_are_cut_with_their_scales(tmp_path: Path):
-    from weft.families import names_hunyuan
+    from weft.names import hunyuan_video
 
     wanted = networks.hunyuan()
     state = scaled_fp8(official.hunyuan_transformer(wanted.state_dict()), ".scale_weight", SCALES["rows"])
     network = bare(lambda: type(wanted).from_config(wanted.config))
     blocks = [*network.transformer_blocks, *network.single_transformer_blocks]
-    fill(network, blocks, source(tmp_path, state, names_hunyuan.transformer), Form("fp32", "fp8"))
+    fill(network, blocks, source(tmp_path, state, hunyuan_video.transformer), Form("fp32", "fp8"))
     for path in ("transformer_blocks.1.attn.add_k_proj", "single_transformer_blocks.0.proj_mlp"):
         layer = network.get_submodule(path)
         assert isinstance(layer, PackedLinear)
@@ -305,7 +305,7 @@ import json, os, resource, sys
 from pathlib import Path
 import torch
 from diffusers import WanTransformer3DModel
-from weft.families.pieces import unchanged
+from weft.names.rules import unchanged
 from weft.contracts import Berth
 from weft.families.stored import WeightFiles
 from weft.families.weights import Form, Source, bare, fill

@@ -11,16 +11,17 @@ from torch import nn
 
 from weft.contracts import Berth
 from weft.errors import ModelError
-from weft.families import names_hunyuan, names_wan, sniff
+from weft.families import names_wan, sniff
 from weft.families.configs import INFERRED
 from weft.families.files import Files
 from weft.families.known import RELEASED, Released, Sizes, released, scheduler_config
 from weft.families.layouts import NETWORKS, TOKENIZERS, DiffusersFolder, Overridden, Place, in_known_words, layout_of
 from weft.families.loading import read_config, sampled_digest, weight_files
-from weft.families.pieces import Names, Piece, Shapes, unchanged
 from weft.families.storage import FULL, check_storage
 from weft.families.stored import WeightFiles
 from weft.families.weights import HERE, Form, Source, bare, fill, weight_bytes
+from weft.names import hunyuan_video, wan
+from weft.names.rules import Names, Piece, Shapes, unchanged
 
 Module = TypeVar("Module", bound=nn.Module)
 FamilyName = Literal["wan", "hunyuan-video"]
@@ -31,12 +32,12 @@ KIND_OF_PART = {
     "text_encoder_2": "text encoder", "image_encoder": "image encoder",
 }  # fmt: skip
 TRANSLATIONS: Mapping[tuple[str, str], Callable[[Shapes], Names]] = {
-    ("wan", "network"): names_wan.transformer,
+    ("wan", "network"): wan.transformer,
     ("wan", "vae"): names_wan.vae,
     ("wan", "text encoder"): names_wan.text_encoder,
     ("wan", "image encoder"): names_wan.image_encoder,
-    ("hunyuan-video", "network"): names_hunyuan.transformer,
-    ("hunyuan-video", "vae"): names_hunyuan.vae,
+    ("hunyuan-video", "network"): hunyuan_video.transformer,
+    ("hunyuan-video", "vae"): hunyuan_video.vae,
 }
 # Parts of names by which files of whole models go beyond the encoder that Weft takes from them, and heads of names
 # that versions of transformers put on or leave out.

@@ -15,9 +15,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from weft.errors import ModelError
-from weft.families.pieces import Names, Piece
 from weft.families.stored import WeightFiles
 from weft.families.weights import Source
+from weft.names.rules import Names, Piece
 
 
 @dataclass(frozen=True)

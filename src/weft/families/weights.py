@@ -12,9 +12,9 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from weft.contracts import Berth, Read
 from weft.errors import ModelError
 from weft.families.memory import returned_at_once
-from weft.families.pieces import Names
 from weft.families.storage import FULL, PACKINGS, Float8, Packed, PackedLinear, encoded, packable, scaled
 from weft.families.stored import DTYPES, WeightFiles
+from weft.names.rules import Names
 
 Module = TypeVar("Module", bound=nn.Module)
 # Tensors beside a weight in 8 bits: its scale, and notes that only other programs' kernels need.

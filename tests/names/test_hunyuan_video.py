@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.families import networks, official
 from tests.families.test_names_wan import cut, same, shapes
-from weft.families import names_hunyuan
+from weft.names import hunyuan_video
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +23,14 @@ def theirs(network) -> dict[str, Tensor]:
 
 
 def test_official_tensors_become_the_networks_own(network, theirs):
-    assert same(cut(theirs, names_hunyuan.transformer(shapes(theirs))), network.state_dict())
+    assert same(cut(theirs, hunyuan_video.transformer(shapes(theirs))), network.state_dict())
 
 
 def test_diffusers_converter_finds_the_same_but_for_the_width_that_it_takes_for_granted(network, theirs):
     """It cuts linear1 at 3072, so that layer is left to the test below."""
     rest = {name: tensor.clone() for name, tensor in theirs.items() if ".linear1." not in name}
     wanted = convert_hunyuan_video_transformer_to_diffusers(rest)
-    found = cut(theirs, names_hunyuan.transformer(shapes(theirs)))
+    found = cut(theirs, hunyuan_video.transformer(shapes(theirs)))
     assert same({name: found[name] for name in wanted}, wanted)
 
 
@@ -39,11 +39,11 @@ def test_linear1_at_the_real_width_is_cut_as_diffusers_converter_cuts_it():
     state = {f"{name}.weight": torch.arange(21504.0).view(-1, 1), f"{name}.bias": torch.arange(21504.0)}
     linear2 = {"single_blocks.0.linear2.weight": torch.zeros(3072, 1)}
     wanted = convert_hunyuan_video_transformer_to_diffusers(dict(state | linear2))
-    assert same(cut(state | linear2, names_hunyuan.transformer(shapes(state | linear2))), wanted)
+    assert same(cut(state | linear2, hunyuan_video.transformer(shapes(state | linear2))), wanted)
 
 
 def test_the_last_layer_changes_its_halves():
-    piece = names_hunyuan.transformer({"final_layer.adaLN_modulation.1.weight": (8, 4)})["norm_out.linear.weight"]
+    piece = hunyuan_video.transformer({"final_layer.adaLN_modulation.1.weight": (8, 4)})["norm_out.linear.weight"]
     assert piece.rows == ((4, 8), (0, 4))
 
 
@@ -62,12 +62,12 @@ def test_comfyuis_names_of_the_same_layers_are_known(network, theirs):
     }  # fmt: skip
     comfy = official.renamed(theirs, table)
     assert sum(name not in theirs for name in comfy) > len(comfy) / 2
-    assert same(cut(comfy, names_hunyuan.transformer(shapes(comfy))), network.state_dict())
-    assert not any(re.search(r"\.lin\.|query_norm", names_hunyuan.official_name(name)) for name in comfy)
+    assert same(cut(comfy, hunyuan_video.transformer(shapes(comfy))), network.state_dict())
+    assert not any(re.search(r"\.lin\.|query_norm", hunyuan_video.official_name(name)) for name in comfy)
 
 
 def test_the_official_autoencoder_has_diffusers_names_behind_a_prefix():
-    found = names_hunyuan.vae({"vae.encoder.conv_in.conv.weight": (4,), "post_quant_conv.bias": (4,)})
+    found = hunyuan_video.vae({"vae.encoder.conv_in.conv.weight": (4,), "post_quant_conv.bias": (4,)})
     assert {target: piece.source for target, piece in found.items()} == {
         "encoder.conv_in.conv.weight": "vae.encoder.conv_in.conv.weight",
         "post_quant_conv.bias": "post_quant_conv.bias",

@@ -5,7 +5,7 @@ ComfyUI repackages the same weights under slightly other names; these are transl
 
 import re
 
-from weft.families.pieces import Names, Piece, Rule, Shapes, translated
+from weft.names.rules import Names, Piece, Rule, Shapes, translated
 
 _ENDS = r"(weight|bias)"
 _DOUBLE, _SINGLE = r"double_blocks\.(\d+)", r"single_blocks\.(\d+)"
