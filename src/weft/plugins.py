@@ -43,11 +43,15 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
         "diffusers": "weft.formats.diffusers:DiffusersFile",
     },
     "verb": {
-        name: f"weft.cli.{name}:run"
-        for name in (
-            "demo", "init", "plan", "cache", "train", "launch", "stop", "ctl", "sample", "merge", "convert", "show",
-            "bench", "doctor", "config", "dashboard", "report", "compare",
-        )
+        **{
+            name: f"weft.cli.{name}:run"
+            for name in (
+                "demo", "init", "plan", "cache", "train", "launch", "stop", "ctl", "sample", "show", "diff", "verify",
+                "export", "convert", "merge", "resize", "extract", "reproduce", "bench", "doctor", "config",
+                "dashboard", "report", "compare",
+            )
+        },
+        "import": "weft.cli.importing:run",  # a word that no module can have for a name
     },
 }  # fmt: skip
 
