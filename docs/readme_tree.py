@@ -6,7 +6,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 HOUSE = ROOT / "src" / "weft"
 BEGIN, END = "```text\nsrc/weft/\n", "```"
-NAMES = ("Wan", "HunyuanVideo", "Hugging", "Ulysses", "DeepSpeed", "TensorBoard", "PyTorch", "Liger")
+NAMES = ("Wan", "HunyuanVideo", "Hugging", "Ulysses", "DeepSpeed", "TensorBoard", "PyTorch", "Liger", "LLaMA", "VeOmni",
+         "VideoX", "ComfyUI")  # fmt: skip
+WIDTH = 26  # of a name with what stands before it
 
 
 def printed(text: str) -> dict[str, str]:
@@ -41,7 +43,7 @@ def tree(known: dict[str, str]) -> str:
             lines.append(f"  {room.as_posix()}/")
         indent = "    " if room != Path() else "  "
         sentence = known.get(path.as_posix()) or sentence_of(HOUSE / path)
-        lines.append(f"{indent}{path.name:<{26 - len(indent)}}{sentence}".rstrip())
+        lines.append(f"{indent}{path.name + ' ':<{WIDTH - len(indent)}}{sentence}".rstrip())
     return "\n".join(lines) + "\n"
 
 

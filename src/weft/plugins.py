@@ -41,6 +41,10 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
     "format": {
         "peft": "weft.formats.peft:PeftFolder",
         "diffusers": "weft.formats.diffusers:DiffusersFile",
+        "comfyui": "weft.formats.comfyui:ComfyUiFile",
+        "musubi": "weft.formats.kohya:MusubiFile",
+        "videox-fun": "weft.formats.kohya:VideoXFunFile",
+        "original": "weft.formats.original:OriginalFile",
     },
     "verb": {
         **{

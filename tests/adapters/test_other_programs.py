@@ -101,7 +101,7 @@ def test_what_is_written_is_what_is_read(style, trained, tmp_path):
         adapter.rslora,
         adapter.dora,
     )
-    assert set(read.targets) == set(adapter.targets) and read.metadata == adapter.metadata
+    assert set(read.targets) == set(adapter.targets) and adapter.metadata.items() <= read.metadata.items()
 
 
 @pytest.mark.parametrize("writer", ["native", "peft"])

@@ -41,7 +41,7 @@ def test_a_description_gives_the_facts_from_the_header_alone(style, adapter, tmp
     assert (told.rank, told.alpha, told.rslora, told.dora, told.scale) == (4, 2.0, True, False, 1.0)
     assert set(told.targets) == set(PATHS) and len(told.keys) == 4
     assert told.dtypes == {"F32": 4} and told.parameters == 2 * (4 * 6 + 8 * 4)
-    assert told.metadata == {"weft.step": "500"}
+    assert told.metadata["weft.step"] == "500" and told.family == "wan" and told.tells_alpha
     assert told.size == told.weights.stat().st_size
 
 
@@ -91,13 +91,12 @@ def test_a_run_with_another_alpha_continues_from_the_same_change(adapter):
 
 
 REFUSED = {
-    "kohya": (["lora_unet_blocks_0_self_attn_q.lora_down.weight"], "kohya or musubi LoRA"),
-    "comfy": (["diffusion_model.blocks.0.self_attn.q.lora_A.weight"], "ComfyUI LoRA"),
-    "bare": (["blocks.0.self_attn.q.lora_A.weight"], "alpha is unknown"),
-    "lokr": (["transformer.blocks.0.attn1.to_q.lokr_w1"], "no LoRA"),
+    "lokr": (["transformer.blocks.0.attn1.to_q.lokr_w1"], "incomplete: 'blocks.0.attn1.to_q' has no 'lokr_w2_a'"),
+    "oft": (["transformer.blocks.0.attn1.to_q.oft_R.weight"], "an adapter that is no LoRA"),
+    "peft": (["base_model.model.x.lora_A.weight", "x"], "a PEFT adapter mixed with other tensors"),
     "model": (["blocks.0.attn1.to_q.weight", "proj_out.weight"], "2 tensors, first 'blocks.0.attn1.to_q.weight'"),
     "half": (["transformer.x.lora_A.weight"], "incomplete: 1 tensors are missing, first 'x.lora_B.weight'"),
-    "stranger": (["transformer.x.lora_A.weight", "transformer.y.diff"], "1 tensors that are no LoRA weights"),
+    "stranger": (["transformer.x.lora_A.weight", "transformer.y.diff"], "1 tensors that are no LoRA weights.*changes"),
 }
 
 

@@ -72,5 +72,23 @@ def test_a_format_that_a_kind_has_not_is_refused_in_the_config(plain):
         match=r"save\.formats: an adapter of kind oft on a video model is written as peft, not as diffusers",
     ):
         settings(plain, "oft", save={"formats": ["peft", "diffusers"]})
-    assert settings(plain, "oft").formats == ("peft",)
+    with pytest.raises(ConfigError, match="written as peft, comfyui, musubi, not as original"):
+        settings(plain, "loha", save={"formats": ["original"]})
+    assert settings(plain, "oft").formats == settings(plain, "loha").formats == ("peft",)
     assert settings(plain, "conv").formats == ("peft", "diffusers")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "style", "words"),
+    [
+        ({"dora": True}, "comfyui", r"written as peft, diffusers, not as comfyui \(adapter\.dora is true\)"),
+        (
+            {"targets": ["to_q", "patch_embedding"], "conv_rank": 2},
+            "musubi",
+            r"not as musubi \(adapter\.conv_rank is 2\)",
+        ),
+    ],
+)
+def test_a_format_that_cannot_hold_an_adapter_as_it_is_set_is_refused_before_the_run(plain, adapter, style, words):
+    with pytest.raises(ConfigError, match=words):
+        config_of(plain, adapter=adapter, save={"formats": [style]})

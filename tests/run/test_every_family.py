@@ -17,7 +17,8 @@ from tests.small import config_of, make_clips, make_hunyuan, make_wan, plain_con
 from weft.data.media import probe_video
 from weft.errors import ConfigError
 from weft.events import Event, Incident, StepEnded
-from weft.formats.reading import read_adapter
+from weft.formats.reading import FORMATS, read_adapter
+from weft.run.changes import change_of, difference
 from weft.run.checks import check
 from weft.run.config import RunConfig
 from weft.run.listeners import read_steps
@@ -59,7 +60,7 @@ def config_for(kind: str, root: Path, clips: Path, sources: Path, **change: Any)
     }  # fmt: skip
     plain["schedule"] = {"steps": STEPS, "warmup": 0}
     plain["optimizer"]["lr"] = 1e-2
-    plain["validation"], plain["save"] = {"every": 5}, {"every": 5}
+    plain["validation"], plain["save"] = {"every": 5}, {"every": 5, "formats": list(FORMATS)}
     return config_of(plain, **change)
 
 
@@ -95,10 +96,20 @@ def check_run(config: RunConfig, kind: str) -> None:
     for folder in result.adapters:
         tensors = read_adapter(folder).tensors
         assert all(tensor.isfinite().all() and tensor.any() for tensor in tensors.values())
+        check_formats(folder)
     for step in ("base", "step_000005", "step_000010"):
         probe = probe_video(config.folder / "samples" / step / "00.mp4")
         assert probe.frames == 5
         assert (config.folder / "samples" / step / "sheet.png").is_file()
+
+
+def check_formats(folder: Path) -> None:
+    """A run leaves its adapter in every format, and each changes the layers alike."""
+    adapter = read_adapter(folder)
+    for style in FORMATS.values():
+        read = style.read(folder / style.file if style.file else folder)
+        assert set(read.paths) == set(adapter.paths)
+        assert all(difference(change_of(adapter, path), change_of(read, path)) < 1e-6 for path in adapter.paths)
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -161,6 +161,46 @@ def test_a_layer_that_one_adapter_alone_has_keeps_its_change_at_the_common_rank(
         assert_close(b @ a, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_runs_on_both_experts_are_stacked_expert_by_expert(adapters, tmp_path, capsys):
+    for of, one in (("student", adapters[0]), ("concept", adapters[1])):
+        for name in ("high", "low"):
+            saved = replace(one, metadata={"weft.expert": name})
+            PeftFolder().write(tmp_path / of / f"adapter_{name}", saved)
+    runs, out = [str(tmp_path / run) for run in ("student", "concept")], tmp_path / "out"
+    assert merge(["--stack", *runs, "--out", str(out)]) == 0
+    assert "expert high\n" in capsys.readouterr().out
+    for name in ("high", "low"):
+        made = read_adapter(out / f"adapter_{name}")
+        assert (made.rank, made.metadata["weft.expert"]) == (6, name)
+        assert (out / f"adapter_{name}" / "pytorch_lora_weights.safetensors").is_file()
+    high_alone = str(tmp_path / "concept" / "adapter_high")
+    merge(["--stack", runs[0], high_alone, "--out", str(tmp_path / "some")])
+    assert [read_adapter(tmp_path / "some" / f"adapter_{name}").rank for name in ("high", "low")] == [6, 4]
+    unsaid = str(PeftFolder().write(tmp_path / "unsaid", adapters[1]))
+    with pytest.raises(ModelError, match="unsaid does not say which expert it is for"):
+        merge(["--stack", runs[0], unsaid, "--out", str(tmp_path / "never")])
+    merge(["--average", *runs[:1], runs[0], "--out", str(tmp_path / "mean")])
+    assert read_adapter(tmp_path / "mean" / "adapter_low").rank == 8
+    with pytest.raises(ModelError, match="for an expert that not every one of the 2 has an adapter for"):
+        merge(["--average", runs[0], str(tmp_path / "student" / "adapter_high"), "--out", str(tmp_path / "never")])
+
+
+def test_a_stack_counts_by_block_where_it_is_told_to(adapters, folders, tmp_path):
+    merge(["--stack", *map(str, folders), "--blocks", "0=0.5,1-=0", "--out", str(tmp_path / "out")])
+    made = read_adapter(tmp_path / "out")
+    assert CONV in made.paths and not any(path.startswith("blocks.1") for path in made.paths)
+    assert json.loads(made.metadata["weft.merged"])["blocks"] == "0=0.5,1-=0"
+    for path in made.paths:
+        share = 1.0 if path == CONV else 0.5
+        expected = sum(
+            share * one.scale_at(path) * one.tensors[f"{path}.lora_B.weight"].flatten(1)
+            @ one.tensors[f"{path}.lora_A.weight"].flatten(1)
+            for one in adapters if path in one.paths
+        )  # fmt: skip
+        a, b = (made.tensors[f"{path}.lora_{half}.weight"].flatten(1) for half in "AB")
+        assert_close(made.scale_at(path) * b @ a, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_an_average_of_a_student_with_another_adapter_is_refused_for_a_stack(folders, adapters, tmp_path):
     concept = PeftFolder().write(tmp_path / "concept", replace(adapters[0], metadata={}))
     with pytest.raises(ModelError, match=r"concept is no few-step student.*weft merge --stack"):

@@ -21,6 +21,7 @@ class LoHa(WholeChange):
     """
 
     tensors: ClassVar[tuple[str, ...]] = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    formats: ClassVar[tuple[str, ...]] = ("peft", "comfyui", "musubi")
 
     kind: Literal["loha"] = "loha"
     rank: int = Field(default=8, ge=1, description="inner width of each of the two factors; the change has rank^2")

@@ -22,6 +22,7 @@ class LoKr(WholeChange):
     """
 
     tensors: ClassVar[tuple[str, ...]] = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
+    formats: ClassVar[tuple[str, ...]] = ("peft", "comfyui", "musubi")
 
     kind: Literal["lokr"] = "lokr"
     rank: int = Field(

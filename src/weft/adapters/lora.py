@@ -27,7 +27,7 @@ class Lora(Recipe):
     """
 
     tensors: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_magnitude_vector")
-    formats: ClassVar[tuple[str, ...]] = ("peft", "diffusers")
+    formats: ClassVar[tuple[str, ...]] = ("peft", "diffusers", "comfyui", "musubi", "videox-fun", "original")
     keeps_dtype: ClassVar[bool] = True
 
     kind: Literal["lora"] = "lora"
@@ -106,6 +106,20 @@ class Lora(Recipe):
     def scale(self) -> float:
         """The factor before B A of linear layers."""
         return self._scale(self.strength, self.rank)
+
+    @property
+    def holders(self) -> tuple[str, ...]:
+        """DoRA is applied as PEFT defines it in two alone, and musubi-tuner and VideoX-Fun load no convolutions."""
+        if self.dora:
+            return ("peft", "diffusers")
+        return tuple(name for name in self.formats if not (self.conv_rank and name in ("musubi", "videox-fun")))
+
+    @property
+    def limit(self) -> str:
+        """Which field keeps it from other formats."""
+        if self.holders == self.formats:
+            return ""
+        return " (adapter.dora is true)" if self.dora else f" (adapter.conv_rank is {self.conv_rank})"
 
     @property
     def conv_scale(self) -> float | None:

@@ -47,7 +47,7 @@ class Recipe(Section):
 
     # Fields of PEFT's layer that hold its tensors, in the order of their canonical names.
     tensors: ClassVar[tuple[str, ...]] = ()
-    formats: ClassVar[tuple[str, ...]] = ("peft",)  # that its files can be written in
+    formats: ClassVar[tuple[str, ...]] = ("peft",)  # that files of its kind can be written in
     keeps_dtype: ClassVar[bool] = False  # whether PEFT's wrapper answers in the dtype of the layer inside it
 
     kind: Any = None  # a subclass's own name, here for the first place among the keys
@@ -71,6 +71,16 @@ class Recipe(Section):
         if not self.targets:
             raise ValueError("targets is empty, so nothing would be trained. Name a target set such as 'attention'")
         return self
+
+    @property
+    def holders(self) -> tuple[str, ...]:
+        """Those of its formats that can hold it as it is set."""
+        return self.formats
+
+    @property
+    def limit(self) -> str:
+        """Which of its fields keeps it from the others, as an end of a sentence."""
+        return ""
 
     @property
     def patterns(self) -> tuple[str, ...]:

@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         for problem in error.problems if isinstance(error, ConfigError) else [str(error)]:
             _complain(f"error: {problem}")
+        _hint(arguments[debug:])
         return 2
     except KeyboardInterrupt:
         _complain("stopped by Ctrl-C.")
@@ -111,6 +112,14 @@ def _help() -> str:
             "weft --version; weft --debug VERB ... shows where an error arose.",
         ]
     )
+
+
+def _hint(arguments: Sequence[str]) -> None:
+    """Say whose file a verb was handed, where it is another trainer's."""
+    from weft.importers.detect import hints
+
+    for line in hints(arguments):
+        _complain(line)
 
 
 def _complain(line: str) -> None:

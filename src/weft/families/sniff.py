@@ -84,7 +84,9 @@ class Content:
             else f"{self.precision}, {self.numbers:,} parameters"
         )
         if self.foreign:
-            return f"weights quantized by {self.foreign}"
+            family = WORDS.get(self.family or "")
+            what = f"a {family} transformer, {self.task}," if family and self.kind == "network" else "weights"
+            return f"{what} quantized by {self.foreign}"
         if self.kind == "network" and self.family:
             clip = " with image tokens" if self.sizes.clip else ""
             return f"a {WORDS[self.family]} transformer, {self.task}{clip} ({size})"
@@ -120,11 +122,24 @@ _SIGNS: tuple[tuple[Kind, str | None, Literal["official", "diffusers"] | None, s
      ("vision_model.encoder.layers.0.self_attn.q_proj.weight",)),
 )  # fmt: skip
 
+# Models of other families, by names of tensors that all of such a file have: told, and not trained.
+_OTHERS = (
+    ("a FLUX transformer", ("double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight")),
+    ("a Qwen-Image transformer", ("transformer_blocks.0.attn.add_q_proj.weight", "txt_norm.weight")),
+    ("an LTX-Video transformer", ("patchify_proj.weight",)),
+    ("a CogVideoX transformer", ("patch_embed.text_proj.weight",)),
+    ("a Stable Diffusion XL checkpoint", ("conditioner.embedders.1.model.ln_final.weight",)),
+    ("a Stable Diffusion 1 checkpoint", ("cond_stage_model.transformer.text_model.final_layer_norm.weight",)),
+)
+
 # Parts of names, and the program whose quantization has them.
 _FOREIGN = (
     ((".quant_state.bitsandbytes__nf4",), "bitsandbytes (NF4)"),
     ((".quant_state.bitsandbytes__fp4",), "bitsandbytes (FP4)"),
+    ((".qzeros",), "GPTQ or AWQ"),
     ((".qweight", ".wscales", ".svdq_"), "nunchaku (SVDQuant)"),
+    ((".weight_packed",), "compressed-tensors"),
+    ((".SCB",), "bitsandbytes (int8)"),
     ((".weight_scale_2",), "ComfyUI in NVFP4"),
     ((".weight._data", ".weight:_data"), "quanto"),
 )  # fmt: skip
@@ -143,7 +158,8 @@ def content_of(header: Tensors) -> Content:
         if all(tensors.has(sign) for sign in signs):
             return Content(kind, family, naming, precision, header.numbers, _sizes(tensors, kind, family, naming),
                            foreign=foreign, words=words)  # fmt: skip
-    return Content("unknown", None, None, precision, header.numbers, foreign=foreign)
+    other = next((words for words, signs in _OTHERS if all(tensors.has(s) or header.has(s) for s in signs)), "")
+    return Content("unknown", None, None, precision, header.numbers, foreign=foreign, words=other)
 
 
 def _sizes(tensors: Tensors, kind: Kind, family: str | None, naming: str | None) -> Sizes:

@@ -74,8 +74,14 @@ class SavedAdapter:
 class AdapterFormat(Protocol):
     """A way to lay an adapter down: what write has written, read returns."""
 
-    def write(self, folder: Path, adapter: SavedAdapter) -> Path:
-        """Write into a folder, made when missing; returns the path that other programs are given."""
+    file: str | None  # its usual name within a folder; None: the format is a folder
+
+    def write(self, target: Path, adapter: SavedAdapter) -> Path:
+        """Write into a folder, made when missing, or where a format is one file to a path that ends in .safetensors.
+
+        Returns the path that other programs are given. Raises ModelError for a kind or model that the format cannot
+        hold, and names those that can.
+        """
         ...
 
     def read(self, path: Path) -> SavedAdapter:

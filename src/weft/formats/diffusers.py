@@ -12,16 +12,21 @@ from torch import Tensor
 from weft.errors import ModelError
 from weft.formats.adapter_file import A, SavedAdapter, paths_in, peft_fields
 from weft.formats.canonical import saved_adapter
+from weft.formats.foreign import read_foreign
 from weft.formats.header import read_header
+from weft.formats.single_file import file_at, refuse_kind, write_file
 from weft.formats.sniff import (
     DIFFUSERS_METADATA,
     DIFFUSERS_PREFIX,
     DIFFUSERS_WEIGHTS,
     diffusers_config,
+    is_plain,
     provenance,
     sniff,
 )
-from weft.formats.tensor_file import write_tensors
+from weft.formats.strangers import stranger
+
+DIFFUSERS = "https://github.com/huggingface/diffusers"  # whose names the file has
 
 
 class DiffusersFile:
@@ -30,18 +35,15 @@ class DiffusersFile:
     Wan 2.2's low-noise expert takes the same file with `load_into_transformer_2=True`.
     """
 
-    def write(self, folder: Path, adapter: SavedAdapter) -> Path:
-        """Write the file for `load_lora_weights` into a folder; returns the file. Raises ModelError for other kinds."""
-        if adapter.kind != "lora":
-            raise ModelError(
-                f"the diffusers format holds LoRA alone, and this adapter is of kind {adapter.kind}. "
-                "Write save.formats=[peft]."
-            )
+    file: str | None = DIFFUSERS_WEIGHTS
+
+    def write(self, target: Path, adapter: SavedAdapter) -> Path:
+        """Write a file for `load_lora_weights`, or one into a folder; returns it. Raises ModelError for other kinds."""
+        refuse_kind(adapter, "diffusers", ("lora",), also=("dora",))
         tensors = {DIFFUSERS_PREFIX + key: tensor for key, tensor in adapter.tensors.items()}
         config = {DIFFUSERS_PREFIX + key: value for key, value in peft_fields(adapter).items()}
-        metadata = {**adapter.metadata, DIFFUSERS_METADATA: json.dumps(config, sort_keys=True)}
-        write_tensors(folder / DIFFUSERS_WEIGHTS, tensors, metadata)
-        return folder / DIFFUSERS_WEIGHTS
+        header = {DIFFUSERS_METADATA: json.dumps(config, sort_keys=True)}
+        return write_file(file_at(target, DIFFUSERS_WEIGHTS), adapter, tensors, implementation=DIFFUSERS, more=header)
 
     def read(self, path: Path) -> SavedAdapter:
         """Read the file, or the folder that holds it. A file that says nothing of alpha means scale 1."""
@@ -49,6 +51,10 @@ class DiffusersFile:
         if found.format != "diffusers":
             raise ModelError(f"{path} is a {found.format} adapter, not a diffusers LoRA file.")
         header = read_header(found.weights)
+        if not is_plain(header.tensors):
+            return read_foreign(found.weights)
+        if other := stranger(header.tensors, header.metadata):
+            raise ModelError(f"{path} is {other}. Weft reads those of Wan and HunyuanVideo.")
         tensors = {key.removeprefix(DIFFUSERS_PREFIX): tensor for key, tensor in load_file(found.weights).items()}
         config = diffusers_config(header.metadata, path) or _config_of_ranks(tensors)
         return saved_adapter(tensors, config, provenance(header), path)

@@ -18,6 +18,7 @@ class TensorEntry:
 
     dtype: str
     shape: tuple[int, ...]
+    start: int = 0  # byte of the file at which its numbers begin
 
     @property
     def numbers(self) -> int:
@@ -46,10 +47,31 @@ def read_header(path: Path) -> Header:
     try:
         entries = json.loads(raw)
         metadata = entries.pop("__metadata__", {})
-        tensors = {name: TensorEntry(e["dtype"], tuple(e["shape"])) for name, e in entries.items()}
+        first = 8 + length
+        tensors = {
+            name: TensorEntry(e["dtype"], tuple(e["shape"]), first + e["data_offsets"][0])
+            for name, e in entries.items()
+        }
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{path} is not a safetensors file, or its header is damaged ({size} bytes).") from error
     if size < 8 + length + end:
         raise ModelError(f"{path} is cut short: {8 + length + end - size} of {8 + length + end} bytes are missing.")
     return Header(tensors, metadata, size)
+
+
+def read_numbers(path: Path, entries: Mapping[str, TensorEntry]) -> dict[str, float]:
+    """The values of tensors of one number, such as alphas, from their few bytes. Those of other dtypes are left out."""
+    found = {}
+    with path.open("rb") as file:
+        for name, entry in entries.items():
+            if entry.numbers == 1 and entry.dtype in _CODES:
+                code, width = _CODES[entry.dtype]
+                file.seek(entry.start)
+                raw = file.read(width)
+                # A bf16 is the first half of an fp32, which is the second one in the file's order of bytes.
+                found[name] = float(struct.unpack(code, b"\0\0" + raw if entry.dtype == "BF16" else raw)[0])
+    return found
+
+
+_CODES = {"F64": ("<d", 8), "F32": ("<f", 4), "F16": ("<e", 2), "BF16": ("<f", 2), "I64": ("<q", 8), "I32": ("<i", 4)}

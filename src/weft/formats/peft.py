@@ -11,19 +11,26 @@ from weft.durable import write_whole
 from weft.errors import ModelError
 from weft.formats.adapter_file import SavedAdapter, peft_fields
 from weft.formats.canonical import saved_adapter
+from weft.formats.foreign import with_canonical_names
 from weft.formats.header import read_header
-from weft.formats.sniff import PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS, provenance, read_config, sniff
+from weft.formats.sniff import PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS, STALE, provenance, read_config, sniff
 from weft.formats.tensor_file import write_tensors
 
 
 class PeftFolder:
     """Keys `base_model.model.PATH.lora_A.weight`; alpha in the config, provenance in the header of the weights."""
 
-    def write(self, folder: Path, adapter: SavedAdapter) -> Path:
+    file: str | None = None
+
+    def write(self, target: Path, adapter: SavedAdapter) -> Path:
         """Write the folder that `PeftModel.from_pretrained` takes; returns it."""
+        folder = target
+        if folder.suffix == ".safetensors":
+            raise ModelError(f"the peft format is a folder of two files: leave .safetensors off {folder}.")
         # The weights first: a folder is an adapter from the moment that its config stands there.
         tensors = {PEFT_PREFIX + key: tensor for key, tensor in adapter.tensors.items()}
-        write_tensors(folder / PEFT_WEIGHTS, tensors, adapter.metadata)
+        kept = {key: value for key, value in adapter.metadata.items() if key not in STALE}
+        write_tensors(folder / PEFT_WEIGHTS, tensors, kept)
         # PEFT warns of fields that it does not know, so nothing of ours is added.
         base = {"base_model_name_or_path": adapter.metadata.get("base_model")}
         config = {**peft_fields(adapter), **base, "inference_mode": True}
@@ -38,7 +45,7 @@ class PeftFolder:
         config = read_config(found.weights.parent / PEFT_CONFIG)
         tensors, metadata = _weights(found.weights)
         canonical = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
-        return saved_adapter(canonical, config, metadata, path)
+        return with_canonical_names(saved_adapter(canonical, config, metadata, path))
 
 
 def _weights(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

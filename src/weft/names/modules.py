@@ -15,6 +15,15 @@ Rows = tuple[tuple[int, int], ...]  # of a fused layer's outputs, ranges one aft
 
 PREFIX = {"wan": "blocks", "hunyuan-video": "transformer_blocks"}
 
+FAMILIES = ("wan", "hunyuan-video")  # whose modules have other names with their makers
+
+# What ComfyUI calls modules that stand in no block of HunyuanVideo; those in blocks it knows by the official names too.
+# Source: comfy/ldm/hunyuan_video/model.py, comfy/lora.py (model_lora_keys_unet).
+_COMFYUI = {
+    "mlp.0": "in_layer", "mlp.2": "out_layer",
+    "c_embedder.linear_1": "c_embedder.in_layer", "c_embedder.linear_2": "c_embedder.out_layer",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Modules:
@@ -33,6 +42,45 @@ class Modules:
     def underscored(self) -> Mapping[str, str]:
         """An official name with underscores in place of dots, as kohya's files have it -> the official name."""
         return {name.replace(".", "_"): name for name in self.parts}
+
+    @cached_property
+    def underscored_paths(self) -> Mapping[str, str]:
+        """A canonical name with underscores in place of dots -> the canonical name."""
+        return {path.replace(".", "_"): path for path in self.official}
+
+    def found(self, name: str) -> str | None:
+        """The official or canonical name of what a file calls so, with dots; None for a module that there is not."""
+        if name in self.parts or name in self.official:
+            return name
+        if self.family == "hunyuan-video":
+            official = hunyuan_video.official_name(f"{name}.weight").removesuffix(".weight")
+            return official if official in self.parts else None
+        return None
+
+    def found_underscored(self, name: str) -> str | None:
+        """The same of a name with underscores in place of dots."""
+        return self.underscored.get(name) or self.underscored_paths.get(name) or self._comfyui_underscored.get(name)
+
+    @cached_property
+    def _comfyui_underscored(self) -> Mapping[str, str]:
+        names = {self.comfyui(name): name for name in self.parts}
+        if self.family == "hunyuan-video":
+            words = (("_attn_qkv", "_attn.qkv"), ("_attn_proj", "_attn.proj"), ("mlp.fc1", "mlp.0"),
+                     ("mlp.fc2", "mlp.2"), ("mod.linear", "mod.lin"),
+                     ("modulation.linear", "modulation.lin"))  # fmt: skip
+            for name in self.parts:
+                theirs = name
+                for official, word in words:
+                    theirs = theirs.replace(official, word)
+                names[theirs] = name
+        return {theirs.replace(".", "_"): name for theirs, name in names.items()}
+
+    def comfyui(self, name: str) -> str:
+        """What ComfyUI's loader of adapters calls an official module."""
+        if self.family == "hunyuan-video" and re.match(r"(time_in|guidance_in|txt_in\.[tc]_embedder)\.", name):
+            for official, theirs in _COMFYUI.items():
+                name = re.sub(rf"{re.escape(official)}$", theirs, name)
+        return name
 
     def rows(self, name: str, out: int, inner: int) -> dict[str, Rows]:
         """Where the outputs of an official module (out, inner) go: canonical name -> its rows. Raises KeyError for a

@@ -13,7 +13,8 @@ from weft.engines.parallel import Parallel
 from weft.run.roles import Rate, Role, role_of
 from weft.section import Section
 
-OF_VIDEO = ("diffusers",)  # formats that only programs for video read
+OF_TEXT = ("peft",)  # formats that programs for language models read
+USUAL = ("peft", "diffusers")  # formats that are written when none are named, where the kind and the model have them
 ENGINE = "torch"  # the engine of a config that names none
 
 
@@ -82,7 +83,9 @@ class Save(Section):
         description="with each checkpoint and validation, measure in health.jsonl how far each adapted layer moved",
     )
     formats: tuple[str, ...] = Field(
-        default=(), description="formats of the saved adapter: peft, diffusers; none: all that its kind has"
+        default=(),
+        description="formats of the saved adapter: peft, diffusers, comfyui, musubi, videox-fun, original; none: peft, "
+        "and diffusers too for a LoRA on a video model",
     )
 
     @model_validator(mode="after")
@@ -271,7 +274,7 @@ class RunConfig(Section):
         if odd:
             raise ValueError(
                 f"save.formats: an adapter of kind {self.adapter.kind} on a {self.family.medium} model is written as "
-                f"{', '.join(self._known_formats)}, not as {odd[0]}"
+                f"{', '.join(self._known_formats)}, not as {odd[0]}{self.adapter.limit}"
             )
         return self
 
@@ -296,12 +299,15 @@ class RunConfig(Section):
     @property
     def formats(self) -> tuple[str, ...]:
         """Formats that adapters are written in."""
-        return self.save.formats or self._known_formats
+        return self.save.formats or tuple(name for name in self._known_formats if name in USUAL)
 
     @property
     def _known_formats(self) -> tuple[str, ...]:
         """What an adapter of this kind, on a model of this medium, can be written as."""
-        return tuple(name for name in self.adapter.formats if self.family.medium == "video" or name not in OF_VIDEO)
+        if self.family.medium != "video" or (self.adapter.kind == "lokr" and self.family.kind == "hunyuan-video"):
+            # Other programs fuse HunyuanVideo's q, k and v, and LoKrs of them make none together.
+            return tuple(name for name in self.adapter.holders if name in OF_TEXT)
+        return self.adapter.holders
 
     @property
     def folder(self) -> Path:

@@ -1,6 +1,7 @@
 """What a run leaves: checkpoints to resume from, and adapters for use, in the config's formats."""
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,6 +33,7 @@ class Saver:
     provenance: Mapping[str, str]
     tell: Listener
     saved_at: int | None = None
+    measured: tuple[int, float | None] = (0, None)  # the last step that was saved, and its loss of validation
     writer: CheckpointWriter = field(init=False)
 
     def __post_init__(self) -> None:
@@ -44,6 +46,7 @@ class Saver:
         `settle` waits until it is whole. Raises RunError when the one before could not be written."""
         self.tell(PhaseStarted(phase="saving"))
         self.writer.wait()
+        self.measured = (learner.step, loss)
         adapters = self.gathered(learner, f"global_step_{learner.step}")
         self.writer.save(learner, self.recorded(), loss, partial(self._write, adapters))
         self.saved_at = learner.step
@@ -89,16 +92,23 @@ class Saver:
         found = {}
         objective = learner.objective
         steps = objective.step_list(learner.model.family) if isinstance(objective, Distilled) else None
-        few = {STEP_LIST: steps.to_json()} if steps else {}
+        own = {STEP_LIST: steps.to_json()} if steps else {}
+        own |= {"weft.loss": f"{loss:.6g}"} if (loss := self.loss_at(learner.step)) is not None else {}
+        own |= {"weft.rates": json.dumps(learner.rates)} if learner.rates else {}  # set by hand while it trained
         for role, expert in zip(learner.shown, learner.experts, strict=True):
             with averaged(learner):
                 state = learner.model.adapters.state_dict(role)
                 tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
-            about = {**self.provenance, "weft.step": str(learner.step), "weft.expert": expert.name,
-                     "weft.times": json.dumps(expert.times), **few}  # fmt: skip
+            about = {**self.provenance, "weft.step": str(learner.step), "weft.steps": str(learner.pace.total),
+                     "weft.expert": expert.name, "weft.times": json.dumps(expert.times),
+                     "weft.saved": str(int(time.time())), **own}  # fmt: skip
             folder = self.config.folder / adapter_folder(stem, expert.name)
             found[folder] = saved_adapter(self.config, learner, role, tensors, about)
         return found
+
+    def loss_at(self, step: int) -> float | None:
+        """The loss of validation that the step was saved with."""
+        return self.measured[1] if self.measured[0] == step else None
 
     def _write(self, adapters: Mapping[Path, SavedAdapter]) -> None:
         for folder, adapter in adapters.items():

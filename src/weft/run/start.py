@@ -228,7 +228,7 @@ def prepare(
         for item in failed:
             tell(Notice(text=f"validation: {item.key} cannot be measured: {item.reason}"))
         evaluator = Evaluator(batches, len(failed), config.validation.seed)
-    facts = provenance(config, survey, inputs, engine.device)
+    facts = provenance(config, survey, inputs, engine)
     keeper = Keeper(config, inputs, facts, tell, showing, evaluator)
     return learner, keeper, learner.stream
 

@@ -1,0 +1,247 @@
+"""Writing an adapter for another program: found, cast, written beside its place, read back as that program reads it,
+and given its name only when it does there what it did here."""
+
+import json
+import shutil
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from weft import plugins
+from weft.contracts import DEFAULT
+from weft.durable import HALF_WRITTEN, draft_of, force_to_disk, take_place
+from weft.errors import ConfigError, ModelError, did_you_mean
+from weft.formats.adapter_file import STEP_LIST, SavedAdapter
+from weft.formats.canonical import tensors_at_scale
+from weft.formats.casting import cast
+from weft.formats.consumers import CONSUMERS, VIDEO, use_of
+from weft.formats.header import read_header
+from weft.formats.reading import read_adapter
+from weft.names.modules import family_of
+from weft.run.assemble import adapter_folder
+from weft.run.folder import is_disk_full
+from weft.run.verifying import TOLERANCE, Verified, check_export, compare
+
+Kept = Literal["full", "short", "none"]
+EXPERTS = (DEFAULT.name, "high", "low")
+PRECISIONS: Mapping[torch.dtype, str] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+RECEIPT = "weft.verified"
+# What a short header keeps: what is needed to apply the adapter, and to know what it fits; no paths, no prompts.
+SHORT = ("weft.version", "weft.family", "weft.base", "weft.expert", "weft.times", "weft.step", STEP_LIST)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is wanted. out: a file or folder; None: beside the source. dtype: fp32, bf16 or fp16; None: as stored."""
+
+    to: str
+    out: Path | None = None
+    dtype: str | None = None
+    metadata: Kept = "full"
+    overwrite: bool = False
+    tolerance: float = TOLERANCE
+
+
+@dataclass(frozen=True)
+class Origin:
+    """An adapter that was read. expert: high, low or default. stem: beside this a result is put, and named after it."""
+
+    path: Path
+    adapter: SavedAdapter
+    expert: str
+    stem: Path
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one order. path: None where the check failed, and nothing was left. rounding: what casting changed;
+    None where nothing was cast. keys: in the file. adapter: as it was written."""
+
+    path: Path | None
+    verified: Verified
+    adapter: SavedAdapter
+    rounding: Verified | None
+    keys: int
+    size: int
+    notes: tuple[str, ...]
+
+
+# ---- Where adapters come from --------------------------------------------------------------------------------------
+
+
+def origins(source: Path, expert: str | None = None, step: int | None = None) -> list[Origin]:
+    """The adapter at a path, or those of all experts of a run: the finished ones, or those of a step.
+
+    Raises ConfigError for an expert or step that is not there, ModelError for what is no adapter.
+    """
+    if not source.exists():
+        raise ModelError(f"there is no adapter at {source}: no such file or folder.")
+    is_run = source.is_dir() and (source / "config.yaml").is_file()
+    if step is not None and not is_run:
+        raise ConfigError(f"--step: {source} is no run's folder, which alone has adapters of several steps.")
+    if not is_run:
+        return [_of_file(source, expert)]
+    stem = "adapter" if step is None else f"global_step_{step}"
+    found = {name: source / adapter_folder(stem, name) for name in EXPERTS}
+    found = {name: folder for name, folder in found.items() if folder.is_dir()}
+    if not found:
+        there = sorted(path.name for path in source.glob("global_step_*"))
+        what = "no finished adapter" if step is None else f"no adapter of step {step}"
+        raise ConfigError(f"{source}: there is {what}. Saved are: {', '.join(there) or 'none'}. Choose one by --step.")
+    if expert is not None and expert not in found:
+        raise ConfigError(f"--expert: {source} has no adapter for '{expert}'. {did_you_mean(expert, list(found))}")
+    name = source.name if step is None else f"{source.name}-{step}"
+    return [Origin(folder, read_adapter(folder), one, source / name) for one, folder in found.items()
+            if expert in (None, one)]  # fmt: skip
+
+
+def _of_file(source: Path, expert: str | None) -> Origin:
+    adapter = read_adapter(source, expert)
+    told = adapter.metadata.get("weft.expert", DEFAULT.name)
+    if expert is not None and told not in (DEFAULT.name, expert):
+        raise ConfigError(f"--expert: {source} says that it is for '{told}' noise, not '{expert}'.")
+    if expert is not None and told == DEFAULT.name:
+        adapter = replace(adapter, metadata={**adapter.metadata, "weft.expert": expert})
+    return Origin(source, adapter, expert or told, source.with_suffix("") if source.is_file() else source)
+
+
+def targets(found: Sequence[Origin], order: Order) -> list[Path]:
+    """Where each result goes: a file ending in .safetensors, or of peft a folder; several get their expert's name.
+
+    Raises ConfigError for a place that cannot be written, or where something is already.
+    """
+    if order.to not in CONSUMERS:
+        raise ConfigError(f"--to: no format is called '{order.to}'. {did_you_mean(order.to, list(CONSUMERS))}")
+    usual = plugins.find("format", order.to)().file
+    placed = []
+    for origin in found:
+        expert = f"_{origin.expert}" if origin.expert != DEFAULT.name else ""
+        if order.out is None:
+            name = f"{origin.stem.name.removesuffix(expert)}-{order.to}{expert}"
+            target = origin.stem.with_name(name if usual is None else f"{name}.safetensors")
+        else:
+            target = _named(order.out, expert if len(found) > 1 else "", usual)
+        placed.append(target)
+        if target.exists() and not order.overwrite:
+            raise ConfigError(f"--out: {target} is there already. Choose another name, or add --overwrite.")
+    return placed
+
+
+def _named(out: Path, expert: str, usual: str | None) -> Path:
+    if usual is None:
+        if out.suffix == ".safetensors":
+            raise ConfigError(f"--out: '{out}' names a file, and the format peft is a folder. Leave .safetensors away.")
+        return out.with_name(out.name + expert)
+    if out.suffix == ".safetensors":
+        return out.with_name(f"{out.stem}{expert}.safetensors")
+    return out.with_name(out.name + expert) / usual
+
+
+# ---- Writing -------------------------------------------------------------------------------------------------------
+
+
+def export(origin: Origin, target: Path, order: Order) -> Result:
+    """Write, read back, compare, and only then give the file its name. Raises WeftError for what the format cannot
+    hold, and for a disk that is full."""
+    source = origin.adapter
+    kept = replace(source, metadata=metadata_of(source, order.metadata))
+    adapter, rounding = prepared(kept, order)
+    try:
+        return _written(adapter, target, order, rounding)
+    except Exception as error:
+        if not isinstance(error, OSError) and not is_disk_full(error):
+            raise
+        raise ConfigError(f"--out: {target} cannot be written: {error}.") from error
+
+
+def _written(adapter: SavedAdapter, target: Path, order: Order, rounding: Verified | None) -> Result:
+    folder = draft_of(target)
+    try:
+        path = plugins.find("format", order.to)().write(folder / target.name, adapter)
+        verified = check_export(path, order.to, adapter, order.tolerance)
+        weights = path / "adapter_model.safetensors" if path.is_dir() else path
+        header = read_header(weights)
+        if not verified.is_equal:
+            return Result(None, verified, adapter, rounding, len(header.tensors), header.size, ())
+        if order.metadata != "none":
+            stamp(weights, {RECEIPT: verified.receipt()})
+        notes = tuple(notes_on(path, order.to, adapter))
+        return Result(_place(path, target), verified, adapter, rounding, len(header.tensors), header.size, notes)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def metadata_of(adapter: SavedAdapter, kept: Kept) -> dict[str, str]:
+    """The part of a header's facts that goes into the file."""
+    if kept == "full":
+        return {key: value for key, value in adapter.metadata.items() if key != RECEIPT}
+    return {key: adapter.metadata[key] for key in SHORT if key in adapter.metadata} if kept == "short" else {}
+
+
+def prepared(adapter: SavedAdapter, order: Order) -> tuple[SavedAdapter, Verified | None]:
+    """The adapter in the dtype that is wanted, and how far rounding took it from what it was. A format that knows no
+    alpha gets the scale into its factors before they are rounded, and not after."""
+    made, stored = adapter, stored_precision(adapter)
+    if order.to == "original" and adapter.kind == "lora":
+        wide = cast(adapter, "fp32")
+        one = {"alpha": float(wide.rank), "rslora": False}
+        one |= {"conv_alpha": float(wide.conv_rank)} if wide.conv_rank else {}
+        made = replace(wide, tensors=tensors_at_scale(wide, 1.0, 1.0), **one)
+    dtype = order.dtype or stored
+    if dtype is not None:
+        made = cast(made, dtype)
+    if dtype in (None, "fp32") or (dtype == stored and order.to != "original"):
+        return made, None
+    return made, compare(adapter, made)
+
+
+def stored_precision(adapter: SavedAdapter) -> str | None:
+    """The one dtype of all tensors; None where they have several, or another."""
+    found = {tensor.dtype for tensor in adapter.tensors.values()}
+    return PRECISIONS.get(found.pop()) if len(found) == 1 else None
+
+
+def stamp(file: Path, facts: Mapping[str, str]) -> None:
+    """Add to a safetensors file's metadata; its tensors are copied as they lie there."""
+    draft = file.with_name(f"{HALF_WRITTEN}stamped-{file.name}")
+    with file.open("rb") as old, draft.open("wb") as new:
+        (length,) = struct.unpack("<Q", old.read(8))
+        entries = json.loads(old.read(length))
+        entries["__metadata__"] = {**entries.get("__metadata__", {}), **facts}
+        text = json.dumps(entries).encode()
+        text += b" " * (-len(text) % 8)
+        new.write(struct.pack("<Q", len(text)) + text)
+        shutil.copyfileobj(old, new, 1 << 22)
+    draft.chmod(file.stat().st_mode)
+    draft.replace(file)
+
+
+def _place(path: Path, target: Path) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        take_place(path, target)
+    else:
+        force_to_disk(path)
+        path.replace(target)
+        force_to_disk(target.parent)
+    return target
+
+
+def notes_on(path: Path, to: str, adapter: SavedAdapter) -> Iterator[str]:
+    """What other programs than the one that is written for make of the file: diffusers converts those of ComfyUI and
+    musubi by rules of its own, and transformers reads PEFT's folders without PEFT."""
+    family = family_of(adapter.paths)
+    if to == "peft" and family == "causal-lm" and adapter.dora:
+        yield "transformers' own load_adapter (5.23) leaves a DoRA's lengths out: load it by PEFT"
+    if to not in ("comfyui", "musubi") or family not in VIDEO:
+        return
+    use = use_of("diffusers", path, family)
+    if not use.ignored and not use.faults:
+        yield "diffusers' load_lora_weights reads this file too"
+    else:
+        why = use.faults[0] if use.faults else f"it passes over '{use.ignored[0]}'."
+        yield f"not for diffusers: {why} Write --to diffusers for it"

@@ -1,0 +1,1 @@
+python wan_train_network.py --dit --network_dim 4

@@ -1,0 +1,33 @@
+export MODEL_NAME="models/Diffusion_Transformer/Wan2.2-T2V-A14B"
+export DATASET_NAME="datasets/mine/"
+export DATASET_META_NAME="datasets/mine/metadata.json"
+# NCCL_P2P_DISABLE=1 is for machines without RDMA
+# export NCCL_P2P_DISABLE=1
+NCCL_DEBUG=INFO
+
+accelerate launch --zero_stage 3 --zero3_save_16bit_model true --zero3_init_flag true --use_deepspeed --deepspeed_config_file config/zero_stage3_config_cpu_offload.json --deepspeed_multinode_launcher standard scripts/wan2.2/train_lora.py \
+  --pretrained_model_name_or_path=$MODEL_NAME \
+  --train_data_dir=$DATASET_NAME \
+  --train_data_meta=$DATASET_META_NAME \
+  --config_path="config/wan2.2/wan_civitai_t2v.yaml" \
+  --image_sample_size=640 \
+  --video_sample_size=640 \
+  --token_sample_size=640 \
+  --video_sample_stride=2 \
+  --video_sample_n_frames=81 \
+  --train_batch_size=1 \
+  --num_train_epochs=5 \
+  --seed=42 \
+  --gradient_checkpointing \
+  --mixed_precision="bf16" \
+  --adam_weight_decay=3e-2 \
+  --adam_epsilon=1e-10 \
+  --vae_mini_batch=1 \
+  --max_grad_norm=0.05 \
+  --enable_bucket \
+  --boundary_type="high" \
+  --rank=64 \
+  --network_alpha=64 \
+  --target_name="q,k,v" \
+  --lora_skip_name=cross_attn \
+  --use_deepspeed
