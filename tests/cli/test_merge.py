@@ -79,7 +79,9 @@ OTHERS = {
 
 
 @pytest.mark.parametrize(("words", "expected"), OTHERS.values(), ids=list(OTHERS))
-def test_options_that_do_not_go_together_are_refused(words, expected, adapter, base, tmp_path, capsys, monkeypatch):
+def test_options_that_do_not_go_together_are_refused(
+    words: list[str], expected: str, adapter, base, tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     places: dict[str, str] = {"A": str(adapter), "BASE": str(base)}
     told: list[str] = [places.get(word, word) for word in words]
