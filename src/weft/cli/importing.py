@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> int:
     from weft.importers.detect import importer, recognised
     from weft.importers.draft import Draft
     from weft.importers.reading import read
-    from weft.importers.writing import story, written
+    from weft.importers.writing import MARK, story, written
 
     read_files = [read(path) for path in arguments.files]
     found = importer(arguments.program or recognised(read_files))
@@ -55,7 +55,7 @@ def run(argv: Sequence[str]) -> int:
     for line in story(draft):
         _complain(line)
     if out:
-        gaps = sum(note.kind == "ask" for note in draft.notes)
+        gaps = text.count(f"# {MARK}")
         fill = f"fill in {gaps} value{'s' if gaps > 1 else ''} marked with <--, then: " if gaps else ""
         _complain(f"\nwrote {out}. Next: {fill}weft plan {shlex.quote(str(out))}")
     return 0

@@ -33,7 +33,7 @@ def put_samples(theirs: Theirs, draft: Draft, arch: Arch, trigger: str | None) -
         return
     prompts = [_prompt(item, draft, number, trigger) for number, item in enumerate(items)]
     of = "sample.samples" if "sample.samples" in theirs else "sample.prompts"
-    draft.set("samples.prompts", prompts, of, theirs=f"{len(prompts)} prompts")
+    draft.set("samples.prompts", prompts, of, theirs=f"{len(prompts)} in all")
     if arch.image and any(isinstance(prompt, str) for prompt in prompts):
         draft.warn(f"{of}: this model goes on from an image, and a prompt has none. Write {{text: ..., image: FILE}}.")
     for key, (ours, default) in DEFAULTS.items():

@@ -55,7 +55,7 @@ class Importer(Protocol):
 class Note:
     """The story of one setting. of, theirs: their key and its value; key, ours: our key and its value."""
 
-    kind: Literal["set", "drop", "assume", "ask", "warn"]
+    kind: Literal["set", "drop", "same", "assume", "ask", "warn"]
     text: str = ""
     of: str = ""
     theirs: Any = None
@@ -82,6 +82,10 @@ class Draft:
         """A setting of theirs without an equivalent; why, and what Weft does instead."""
         self.notes.append(Note("drop", why, of, HIDDEN if SECRET.fullmatch(of) else value))
 
+    def same(self, of: str, value: Any) -> None:
+        """A setting that was read and asks for nothing beside what has been told."""
+        self.notes.append(Note("same", of=of, theirs=HIDDEN if SECRET.fullmatch(of) else value))
+
     def warn(self, text: str) -> None:
         """A value that looks like a mistake, or a difference that changes the result."""
         self.notes.append(Note("warn", text))
@@ -103,6 +107,11 @@ class Draft:
     def has(self, key: str) -> bool:
         """Whether the key, or one below it, was put."""
         return any(known == key or known.startswith(f"{key}.") for known in self._values)
+
+    def words(self) -> frozenset[str]:
+        """All words of what has been told, names of keys among them."""
+        texts = (f"{note.of} {note.text}" for note in self.notes)
+        return frozenset(word.strip(".,:") for text in texts for word in re.findall(r"[\w.:-]+", text))
 
     def note_of(self, key: str) -> Note | None:
         """The last note about a key of ours."""

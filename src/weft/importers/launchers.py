@@ -1,14 +1,15 @@
 """The command that starts a training script: accelerate, torchrun, deepspeed or python, its script, and its flags."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import PureWindowsPath
 
 from weft.errors import ConfigError
 from weft.importers.draft import Draft, ReadFile
 from weft.importers.flags import Arity, settings
-from weft.importers.shell_words import Command, Script
+from weft.importers.shell_words import Command, Script, Word
 from weft.importers.values import Given, Theirs
 
 PLACED = ("MASTER_ADDR", "MASTER_PORT", "PORT", "WORLD_SIZE", "NUM_PROCESS", "NUM_PROCESSES", "RANK", "NODE_RANK")
@@ -37,6 +38,7 @@ def script_of(file: ReadFile, pattern: str) -> str | None:
 def launch_of(file: ReadFile, pattern: str, arity: Callable[[str], Mapping[str, Arity]], program: str) -> Launch:
     """The last command of a file that runs a matching script; of a bare list of flags, these alone.
 
+    Lines of flags behind it belong to it: guides break long commands without a sign at the line's end.
     arity: of the flags of a script. Raises ConfigError when no command runs such a script.
     """
     script: Script = file.content
@@ -57,11 +59,18 @@ def launch_of(file: ReadFile, pattern: str, arity: Callable[[str], Mapping[str, 
     while before and not before[0].text.startswith("-"):
         before.pop(0)
     launcher = settings(before, {}, "the launcher", file.path)
-    theirs = settings(found.words[at + 1 :], arity(name), program, file.path)
+    theirs = settings([*found.words[at + 1 :], *flags_behind(script, found)], arity(name), program, file.path)
     environment = {
         name: Given(word.text, f"{file.path}:{word.line}", word.unknown) for name, word in found.environment.items()
     }
     return Launch(name, f"{file.path}:{found.line}", theirs, launcher, environment)
+
+
+def flags_behind(script: Script, command: Command) -> Iterator[Word]:
+    """Words of the lines of flags that come right after a command."""
+    behind = script.commands[script.commands.index(command) + 1 :]
+    for line in takewhile(lambda line: re.match(r"--[A-Za-z]", line.words[0].text), behind):
+        yield from line.words
 
 
 def _anywhere(pattern: str) -> str:

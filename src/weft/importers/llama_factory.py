@@ -6,6 +6,7 @@ from typing import Any
 
 from weft.errors import ConfigError
 from weft.importers.draft import Draft, ReadFile
+from weft.importers.llama_factory_command import as_config, starts
 from weft.importers.llama_factory_data import put_data
 from weft.importers.llama_factory_keys import REASONS, REFUSED_STAGES, SECRETS
 from weft.importers.nested import (
@@ -50,6 +51,8 @@ class LlamaFactory:
 
     def recognises(self, file: ReadFile) -> float:
         """1 where the model, the stage and the data are named in its words."""
+        if starts(file):
+            return 1.0
         if file.kind not in ("yaml", "json") or not isinstance(file.content, dict):
             return 0.0
         keys = file.content.keys()
@@ -59,6 +62,7 @@ class LlamaFactory:
 
     def read(self, files: Sequence[ReadFile], draft: Draft) -> None:
         """Put one config into the draft, with the files beside it that it names. Raises ConfigError."""
+        files = [as_config(file) for file in files]
         mains = [file for file in files if isinstance(file.content, dict) and "model_name_or_path" in file.content]
         if len(mains) != 1:
             where = mains[1].path if mains else files[0].path

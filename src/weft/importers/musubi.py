@@ -181,6 +181,10 @@ def _put_data(dataset: Path | None, draft: Draft) -> None:
             "data.sources", [{"path": "FILL-IN/clips"}], "musubi's dataset TOML, or a folder of clips with captions"
         )
         draft.ask("data.buckets", {"sides": [512], "frames": [1, 33]}, "sizes and frames, unless the sources say them")
+    elif not dataset.is_file() and dataset.suffix.lower() != ".toml":  # it would count as a folder of clips
+        named = f"{dataset} is not here: import it together with this, or name a folder of clips with captions"
+        draft.ask("data.sources", [{"path": "FILL-IN/clips"}], named)
+        draft.ask("data.buckets", {"sides": [512], "frames": [1, 33]}, "sizes and frames, which stand in that file")
     elif not dataset.is_file():
         draft.set("data.sources", [{"path": dataset.as_posix()}], "dataset_config", "Weft reads this file itself")
         draft.warn(

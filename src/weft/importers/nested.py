@@ -216,7 +216,10 @@ def warmup_steps(draft: Draft, ratio: float | None, of: str, steps: int | None) 
     if not ratio:
         return
     if steps is None:
-        why = "A share of the steps, and their number is not known before the data is: 'weft plan' shows it. Write "
-        draft.drop(of, ratio, f"{why}schedule.warmup in steps, {ratio:g} of that number.")
+        draft.drop(of, ratio, "A share of the steps, and their number is not known before the data is.")
+        draft.warn(
+            f"{of} {ratio:g}: this run has no warm-up yet. 'weft plan' shows how many steps it has; write "
+            f"schedule.warmup: {ratio:g} of that number."
+        )
     else:
         draft.set("schedule.warmup", round(ratio * steps), of, note=f"In steps, of {steps}.", theirs=ratio)

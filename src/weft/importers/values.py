@@ -174,7 +174,15 @@ def carry(theirs: Theirs, draft: Draft, same: Iterable[Same]) -> None:
 
 
 def drop_left(theirs: Theirs, draft: Draft, reasons: Mapping[str, str], known: Collection[str]) -> None:
-    """Report all that is left: with its reason, as known but without an equivalent, or as no key of their program."""
+    """Report all that is left: with its reason, as known but without an equivalent, or as no key of their program.
+
+    What was asked for, and of which nothing has been told so far, is told too, so that no setting goes without a word.
+    """
+    left = set(theirs.left)
+    told = draft.words()
+    for key, given in theirs.given.items():
+        if key not in left and not {key, key.rpartition(".")[2]} & told:
+            draft.same(key, given.value)
     for key in theirs.left:
         value = theirs.given[key].value
         if key in reasons:

@@ -1,10 +1,12 @@
 """VeOmni's YAML (veomni/arguments, configs/dit, configs/text), in the names of both its generations."""
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from weft.errors import ConfigError
-from weft.importers.draft import Draft, ReadFile
+from weft.importers.draft import Draft, Note, ReadFile
 from weft.importers.nested import (
     PRECISIONS,
     dotted,
@@ -63,7 +65,8 @@ class VeOmni:
         file = files[0]
         if not isinstance(file.content, dict):
             raise ConfigError(f"{file.path}: a config of {PROGRAM} has the sections {', '.join(SECTIONS)}.")
-        theirs = _renamed(dotted(file, PROGRAM, sections=SECTIONS, whole=WHOLE))
+        older: dict[str, str] = {}
+        theirs = _renamed(dotted(file, PROGRAM, sections=SECTIONS, whole=WHOLE), older)
         _refuse(file, theirs)
         kind = _model(file, theirs, draft)
         _run(file, theirs, draft)
@@ -73,16 +76,27 @@ class VeOmni:
         _optimizer(theirs, draft)
         _schedule(theirs, draft, steps)
         leave(theirs, draft, REASONS, ())
+        draft.notes = [_in_older_names(note, older) for note in draft.notes]
 
 
-def _renamed(theirs: Theirs) -> Theirs:
-    """Older names as those of today; a newer one that stands beside an older goes before it."""
+def _renamed(theirs: Theirs, older: dict[str, str]) -> Theirs:
+    """Older names as those of today; a newer one that stands beside an older goes before it.
+
+    older: takes each newer name for which the file has an older one.
+    """
     given: dict[str, Given] = {}
     for key, value in theirs.given.items():
         newer = OLDER.get(key, NEWER.get(key, key))
         if newer == key or newer not in theirs.given:
             given[newer] = value
+            if newer != key:
+                older[newer] = key
     return Theirs(given, PROGRAM)
+
+
+def _in_older_names(note: Note, older: Mapping[str, str]) -> Note:
+    """A note that names keys as the file does."""
+    return replace(note, of=re.sub(r"[\w.]+", lambda name: older.get(name[0], name[0]), note.of))
 
 
 def _refuse(file: ReadFile, theirs: Theirs) -> None:

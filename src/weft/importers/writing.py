@@ -2,7 +2,7 @@
 
 import re
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +15,7 @@ from weft.run.config import RunConfig, parse_config
 
 LONGEST_COMMENT = 60  # characters of a note that still stands behind its key; all notes stand at the end
 WIDTH = 116
+MARK = "<-- FILL IN"  # behind the place of a value that nothing of theirs says
 FILL_IN = "FILL-IN"  # how the place of a value begins that nothing of theirs says
 
 
@@ -55,11 +56,26 @@ def story(draft: Draft) -> list[str]:
         ("Their key -> ours", "set"),
         ("Chosen because theirs imply it", "assume"),
         ("Without an equivalent", "drop"),
+        ("Read, and as it is here anyway, or a part of what is told above", "same"),
     ):
         notes = [note for note in draft.notes if note.kind == kind]
         if notes:
-            lines += ["", f"{title}:", *(line for note in notes for line in _wrapped(_sentence(note)))]
+            lines += ["", f"{title}:", *(line for sentence in _sentences(notes) for line in _wrapped(sentence))]
     return lines[1:]
+
+
+def _sentences(notes: Sequence[Note]) -> Iterator[str]:
+    """One for each note; those of which the same is told stand in one, where the first of them is."""
+    alike: dict[tuple[str, str], list[Note]] = {}
+    for number, note in enumerate(notes):
+        together = note.kind in ("drop", "same")
+        alike.setdefault((note.text, "" if together else str(number)), []).append(note)
+    for (text, _), group in alike.items():
+        if group[0].kind in ("drop", "same"):
+            names = ", ".join(f"{note.of} {_short(note.theirs)}".rstrip() for note in group)
+            yield f"{names}: {text}" if text else names
+        else:
+            yield _sentence(group[0])
 
 
 def _wrapped(sentence: str) -> list[str]:
@@ -73,8 +89,6 @@ def _sentence(note: Note) -> str:
     if note.kind == "set":
         ours = "" if _same(note.theirs, note.ours) else f" {_short(note.ours)}"
         return f"{note.of} {_short(note.theirs)} -> {note.key}{ours}{text}"
-    if note.kind == "drop":
-        return f"{note.of} {_short(note.theirs)}{text}"
     if note.kind == "warn":
         return note.text
     return f"{note.key} {_short(note.ours)}{text}"
@@ -134,7 +148,7 @@ def _leaves(value: Any, path: KeyPath) -> Iterator[KeyPath]:
 def _comment(note: Note) -> str:
     if note.kind == "ask":
         text = note.text if len(note.text) <= LONGEST_COMMENT else note.text.partition(":")[0]
-        return f"<-- FILL IN: {text}"
+        return f"{MARK}: {text}"
     if note.kind == "assume":
         return note.text if len(note.text) <= LONGEST_COMMENT else "see below"
     theirs = "" if _same(note.theirs, note.ours) else f" {_short(note.theirs)}"
