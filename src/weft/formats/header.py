@@ -46,7 +46,7 @@ def read_header(path: Path) -> Header:
         raise ModelError(f"{path} cannot be read: {error.strerror}.") from error
     try:
         entries = json.loads(raw)
-        metadata = entries.pop("__metadata__", {})
+        metadata = dict(sorted(entries.pop("__metadata__", {}).items()))  # the library writes them in no order
         first = 8 + length
         tensors = {
             name: TensorEntry(e["dtype"], tuple(e["shape"]), first + e["data_offsets"][0])
