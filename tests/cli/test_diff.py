@@ -115,3 +115,16 @@ def test_what_is_no_adapter_is_refused(tmp_path: Path, capsys: Capture):
     adapter = PeftFolder().write(tmp_path / "a", lora())
     assert main(["diff", str(adapter), str(tmp_path / "absent")]) == 2
     assert "no such file" in capsys.readouterr().err
+
+
+def test_facts_that_one_header_alone_tells_stand_in_one_line(tmp_path: Path, capsys: Capture):
+    one = PeftFolder().write(tmp_path / "a", lora(metadata={"weft.seed": "5", "weft.data": "aa", "weft.base": "b"}))
+    two = PeftFolder().write(tmp_path / "b", lora(metadata={"weft.seed": "6", "weft.git": "c"}))
+    assert main(["diff", str(one), str(two)]) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "made of:",
+        "  seed: 5 -> 6",
+        f"  told by {one} alone: base, data",
+        f"  told by {two} alone: git",
+        "changes: equal on 2 layers",
+    ]

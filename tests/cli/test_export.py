@@ -54,6 +54,14 @@ def experts(adapter: SavedAdapter, folder: Path) -> Path:
     return folder
 
 
+def for_both(adapter: SavedAdapter, folder: Path) -> Path:
+    """As ai-toolkit writes them into one file: alphas are not told, and are the rank."""
+    path = folder / "both.safetensors"
+    tensors = {f"transformer_{n}.{key}": n * tensor for n in (1, 2) for key, tensor in adapter.tensors.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    return path
+
+
 def inside(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
@@ -97,6 +105,33 @@ def test_of_a_run_all_experts_are_written_or_one_of_a_step(adapter, tmp_path):
     assert main(["export", str(run), "--to", "diffusers", "--out", str(out)]) == 0
     assert inside(out.parent) == {"style_high.safetensors", "style_low.safetensors"}
     assert read_header(out.with_name("style_low.safetensors")).metadata["weft.expert"] == "low"
+
+
+def test_of_two_experts_both_are_written_or_none(adapter, tmp_path, capsys):
+    run = experts(adapter, tmp_path / "both")
+    network = hunyuan(num_layers=1, num_single_layers=1, attention_head_dim=16, rope_axes_dim=(4, 6, 6))
+    odd = lora_on(network, r"(transformer_blocks.0.attn.to_out.0|proj_out)")
+    PeftFolder().write(run / "adapter_low", replace(odd, metadata={"weft.expert": "low"}))
+    before = inside(run)
+    assert main(["export", str(run), "--to", "musubi"]) == 1  # musubi passes over the low one's layer
+    said = capsys.readouterr().out
+    assert "both-musubi_high.safetensors: not written, though right" in said and "lora_unet_final_layer_linear" in said
+    dora = lora_on(wan(layers=1, num_attention_heads=1, attention_head_dim=16, ffn_dim=24), dora=True)
+    PeftFolder().write(run / "adapter_low", replace(dora, metadata={"weft.expert": "low"}))  # musubi has none
+    assert main(["export", str(run), "--to", "musubi", "--out", str(tmp_path / "new" / "a.safetensors")]) == 2
+    assert inside(run) == before and not (tmp_path / "new").exists()
+
+
+def test_a_file_for_both_experts_becomes_two(adapter, tmp_path, capsys):
+    path = for_both(adapter, tmp_path)
+    assert main(["export", str(path), "--to", "comfyui", "--out", str(tmp_path / "a.safetensors")]) == 0
+    assert {"a_high.safetensors", "a_low.safetensors"} <= inside(tmp_path)
+    assert read_adapter(tmp_path / "a_low.safetensors").metadata["weft.expert"] == "low"
+    assert main(["verify", str(path), str(path)]) == 0
+    assert "low noise: alike" in capsys.readouterr().out
+    assert main(["verify", str(path), str(tmp_path / "a_low.safetensors")]) == 2
+    assert "--expert:" in capsys.readouterr().err
+    assert main(["verify", str(path), str(tmp_path / "a_low.safetensors"), "--expert", "low"]) == 0
 
 
 def test_a_step_an_expert_and_a_format_that_are_not_there_are_refused(adapter, source, tmp_path, capsys):

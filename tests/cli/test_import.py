@@ -49,6 +49,23 @@ def test_mistakes_are_one_error_of_one_line_and_write_nothing(tmp_path: Path, ca
     assert not said.out and not (tmp_path / "run.yaml").exists()
 
 
+@pytest.mark.parametrize(("out", "said"), [(".", "is a folder. Name a file"), ("no.txt/run.yaml", "cannot be written")])
+def test_a_place_that_takes_no_file_is_told(out: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "no.txt").write_text("")
+    assert run(MUSUBI / "hunyuan.sh", "--out", tmp_path / out, "--overwrite") == 2
+    assert f"error: --out: {tmp_path / out} {said}" in capsys.readouterr().err
+
+
+def test_values_to_fill_in_are_counted_as_they_are_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "a.toml").write_text(
+        "output_dir = 'a'\ndataset = 'not_here.toml'\nepochs = 1\n[model]\ntype = 'wan'\nckpt_path = 'm'\n"
+        "dtype = 'bfloat16'\n[optimizer]\ntype = 'adamw'\nlr = 1e-4\n"
+    )
+    assert run(tmp_path / "a.toml", "--out", tmp_path / "run.yaml") == 0
+    marks = (tmp_path / "run.yaml").read_text().count("<-- FILL IN")
+    assert marks == 3 and "fill in 3 values marked with <--" in capsys.readouterr().err
+
+
 def test_whose_the_file_is_can_be_said(capsys: pytest.CaptureFixture[str]):
     assert run(MUSUBI / "hunyuan.sh", "--from", "videox-fun") == 2
     assert "no command there starts a training script of VideoX-Fun" in capsys.readouterr().err

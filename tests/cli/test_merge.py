@@ -59,7 +59,7 @@ def test_links_and_what_was_left_out_are_said(adapter, tmp_path, capsys):
     (base / "large.bin").write_bytes(bytes(1 << 20))
     (base / "transformer" / "old.bin").write_bytes(b"old")
     _, text = said([str(adapter), "--into", str(base), "--out", str(tmp_path / "out")], capsys)
-    assert "1 other files are hard links to those of the base" in text
+    assert "1 other file is a hard link to the base's" in text
     assert "left out: transformer/old.bin, which holds weights without the change" in text
 
 

@@ -172,3 +172,11 @@ def test_a_file_that_is_there_is_not_overwritten(world: Path, tmp_path: Path, ca
     verb = ["reproduce", str(world / "runs" / "run"), "--no-check", "--out", str(out)]
     assert main(verb) == 2 and "is there already" in capsys.readouterr().err and out.read_text() == "mine"
     assert main([*verb, "--overwrite"]) == 0 and "kind: wan" in out.read_text()
+
+
+def test_a_config_and_a_place_that_is_a_folder_are_refused(world: Path, tmp_path: Path, capsys: Capture):
+    run = world / "runs" / "run"
+    assert main(["reproduce", str(run / "config.yaml")]) == 2
+    assert "config.yaml is a config" in capsys.readouterr().err
+    assert main(["reproduce", str(run), "--no-check", "--out", str(tmp_path), "--overwrite"]) == 2
+    assert "is a folder. Name a file" in capsys.readouterr().err

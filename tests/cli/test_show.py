@@ -65,6 +65,12 @@ def test_a_file_within_the_folder_says_the_same(adapter: Path):
     assert facts_of(adapter / "adapter_model.safetensors") == facts_of(adapter)
 
 
+def test_a_config_is_told_as_one_with_the_verbs_that_read_it(tmp_path: Path):
+    (tmp_path / "run.yaml").write_text("name: a\n")
+    with pytest.raises(ModelError, match=r"run.yaml is a config. .* weft plan .*run.yaml"):
+        facts_of(tmp_path / "run.yaml")
+
+
 def test_json_holds_all_of_it(adapter: Path, capsys: pytest.CaptureFixture[str]):
     assert run([str(adapter), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == facts_of(adapter)
@@ -319,8 +325,8 @@ def test_28_gigabytes_are_told_without_torch_in_half_a_second(tmp_path: Path):
     write_header(path, {**layers, **ffn, **rest})
     assert path.stat().st_size > 28e9
     code = (
-        "import sys, time; from weft.cli.show import facts_of; from pathlib import Path; start = time.perf_counter(); "
-        "facts = facts_of(Path(sys.argv[1])); print(time.perf_counter() - start, 'torch' in sys.modules, facts['task'])"
+        "import sys, time; from weft.cli.show import facts_of; from pathlib import Path; start = time.process_time(); "
+        "facts = facts_of(Path(sys.argv[1])); print(time.process_time() - start, 'torch' in sys.modules, facts['task'])"
     )
     said = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True).stdout
     seconds, torch_came, task = said.split()

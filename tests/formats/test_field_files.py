@@ -247,7 +247,7 @@ def test_what_is_odd_in_a_file_is_named(more, words, tmp_path):
 def test_a_language_models_adapter_is_refused_by_the_formats_for_video(tmp_path):
     name = "model.layers.0.self_attn.q_proj"
     adapter = SavedAdapter({f"{name}.lora_A.weight": DOWN, f"{name}.lora_B.weight": UP}, 2, 2.0)
-    for style in ("comfyui", "musubi", "videox-fun", "original"):
+    for style in ("diffusers", "comfyui", "musubi", "videox-fun", "original"):
         with pytest.raises(ModelError, match=f"the {style} format is for video .*; write --to peft"):
             FORMATS[style].write(tmp_path, adapter)
 

@@ -1,5 +1,6 @@
 """diffusion-pipe's files and the datasets they name become runs, its traps are told, and malformed ones are refused."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -210,3 +211,9 @@ def test_an_expert_that_nothing_tells_is_asked_for(tmp_path: Path, imported: Imp
 
 def test_every_reason_is_a_sentence():
     assert all(why.endswith(".") for why in {*REASONS.values(), *DATA_REASONS.values()})
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.sh", "accelerate launch train.py --a 1\n"), ("a.json", '[{"a": 1}]')])
+def test_a_file_that_is_no_toml_is_refused(name: str, text: str, imported: Import, script: Callable[..., Path]):
+    with pytest.raises(ConfigError, match="configs are TOML, and this is none"):
+        imported(script(text, name), program="diffusion-pipe")

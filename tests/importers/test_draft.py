@@ -117,6 +117,25 @@ def test_what_nobody_asked_for_is_reported_with_the_nearest_key_of_their_program
     assert draft.get("adapter.rank") == 4
 
 
+def test_what_was_read_without_a_word_is_told_too():
+    draft = small_run()
+    given = theirs(stages=1, used=2, api_key="hf_abc")
+    draft.drop("used", given.whole("used"), "It is told of.")
+    assert given.whole("stages") == 1 and given.text("api_key")
+    drop_left(given, draft, {}, [])
+    assert [(note.of, note.theirs) for note in draft.notes if note.kind == "same"] == [
+        ("stages", 1), ("api_key", HIDDEN),
+    ]  # fmt: skip
+    assert story(draft)[-1] == f"  - stages 1, api_key {HIDDEN}"
+
+
+def test_settings_of_which_the_same_is_told_share_a_sentence():
+    draft = small_run()
+    for key in ("min_ar", "max_ar"):
+        draft.drop(key, 2, "Clips keep their ratio.")
+    assert "  - min_ar 2, max_ar 2: Clips keep their ratio." in story(draft)
+
+
 # ---- Command lines --------------------------------------------------------------------------------------------------
 
 

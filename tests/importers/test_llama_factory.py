@@ -1,5 +1,6 @@
 """LLaMA-Factory's files, with the datasets and DeepSpeed files that they name, become runs; the rest is refused."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from weft.importers.reading import read
 
 HERE = CONFIGS / "llama-factory"
 DATA = (HERE / "data").as_posix()
+COMMAND = {"model_name_or_path": "${MODEL}", "stage": "sft", "finetuning_type": "lora", "lora_rank": 8,
+           "dataset": "a/b", "dataset_dir": "ONLINE", "output_dir": "saves/sft", "learning_rate": 1e-4,
+           "num_train_epochs": 3.0, "save_only_model": False}  # fmt: skip
 RUNS = ("sft.yaml", "zero3.yaml", "pretrain.yaml", "pissa_dora.yaml", "oft.yaml", "full.yaml", "misspelt.yaml")
 
 
@@ -50,9 +54,28 @@ def test_supervised_fine_tuning(imported: Import):
         "optimizer.lr": 1e-4, "optimizer.weight_decay": 0.0, "engine.precision": "bf16", "engine.recompute": True,
         "save.every": 500, "validation.every": 250, "track.to": (),
     })  # fmt: skip
-    assert "tokenizer" in found.dropped["template"] and "weft plan" in found.dropped["warmup_ratio"]
+    assert "tokenizer" in found.dropped["template"] and "warmup_ratio" in found.dropped
+    assert any(text.startswith("warmup_ratio 0.1: this run has no warm-up yet") for text in found.warnings)
     assert "family.trust_remote_code: true" in found.dropped["trust_remote_code"]
     assert any("sft.yaml:37: val_size" in text for text in found.warnings)
+
+
+def test_a_command_line_is_read_as_the_config_that_it_stands_for(imported: Import, script: Callable[..., Path]):
+    flags = "\n".join(f"    --{key} {value} \\" for key, value in COMMAND.items())
+    shell = script(f"set -x\nMODEL=/models/Qwen3-4B\n\nllamafactory-cli train \\\n{flags}\n    --bf16\n")
+    config = script(yaml.safe_dump({**COMMAND, "model_name_or_path": "/models/Qwen3-4B", "bf16": True}), "config.yaml")
+    assert recognised([read(shell)]) == "llama-factory"
+    assert imported(shell).run == imported(config).run
+
+
+def test_a_command_that_names_its_config_is_answered_with_that_name(imported: Import, script: Callable[..., Path]):
+    with pytest.raises(ConfigError, match=r"train.sh:1: the settings stand in examples/sft.yaml"):
+        imported(script("FORCE_TORCHRUN=1 llamafactory-cli train examples/sft.yaml\n"))
+
+
+def test_a_flag_of_a_command_that_only_a_shell_knows_is_refused(imported: Import, script: Callable[..., Path]):
+    with pytest.raises(ConfigError, match=r"train.sh:1: 'output_dir' .* nothing that is read here is run"):
+        imported(script("llamafactory-cli train --model_name_or_path /m --output_dir runs/$(date)\n"))
 
 
 def test_zero_3_with_offloading(imported: Import):

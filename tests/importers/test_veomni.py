@@ -73,8 +73,10 @@ def test_names_of_the_first_year(imported: Import):
         "optimizer.weight_decay": 0.1, "schedule.steps": 300, "schedule.warmup": 9, "schedule.curve": "linear",
         "schedule.global_batch": 16, "save.every": 50, "save.every_epochs": 0, "track.to": (),
     })  # fmt: skip
-    assert "no run of Weft's" in found.dropped["train.checkpoint.load_path"]
+    assert "no run of Weft's" in found.dropped["train.load_checkpoint_path"]
     assert any("tp_size 2" in text for text in found.warnings)
+    assert [note.key for note in found.of("model.lora_rank")] == ["adapter.rank"]
+    assert not found.of("model.lora_config.rank"), "settings are told of by the names that stand in the file"
 
 
 def test_wan_from_embeddings_made_beforehand(imported: Import):
@@ -90,7 +92,7 @@ def test_wan_from_embeddings_made_beforehand(imported: Import):
         "its own cache" in found.dropped["data.train_path"]
         and "same as offline" in found.dropped["train.training_task"]
     )
-    assert "weft plan" in found.dropped["train.optimizer.lr_warmup_ratio"]
+    assert any(text.startswith("train.optimizer.lr_warmup_ratio") and "weft plan" in text for text in found.warnings)
 
 
 def test_wan_on_whole_copies_with_the_official_names_of_layers(imported: Import):

@@ -13,6 +13,8 @@ from tests.small import config_of, merged, plain_config
 from weft.cli.sample import run as sample
 from weft.errors import ConfigError, ModelError
 from weft.formats.reading import read_adapter
+from weft.run.apply import find_adapters
+from weft.run.assemble import earlier_adapter
 from weft.run.checks import check
 from weft.run.start import train_run
 
@@ -55,6 +57,19 @@ def test_a_run_starts_from_an_adapter_at_the_strength_that_it_had(plain, trained
         before, after = (change(dict(a.tensors), a.scale, path) for a in (old, new))
         assert before.abs().max() > 0
         torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-7)
+
+
+def test_of_a_file_for_both_experts_each_gets_its_own_to_sample_with_and_to_begin_with(trained, tmp_path):
+    plain = read_adapter(trained).tensors
+    both = {f"transformer{n}.{key}": (2.0 if n else 1.0) * tensor for n in ("", "_2") for key, tensor in plain.items()}
+    save_file(both, tmp_path / "both.safetensors")
+    found = find_adapters([tmp_path / "both.safetensors"], [1.0])
+    assert [one.expert for one in found] == ["high", "low"]
+    for one in found:
+        begun = earlier_adapter(tmp_path / "both.safetensors", one.expert)
+        for key, tensor in plain.items():
+            expected = (2.0 if one.expert == "low" else 1.0) * tensor
+            assert torch.equal(one.adapter.tensors[key], expected) and torch.equal(begun.tensors[key], expected)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from weft.config.show import ABSENT
+
 if TYPE_CHECKING:
     from weft.config.show import Change
     from weft.run.origins import Differences, Origin
@@ -53,9 +55,14 @@ def _words(one: "Origin", other: "Origin", found: "Differences") -> str:
         if not origin.config:
             lines.append(f"{origin.path}: its header has no config of Weft's, so only facts are compared")
         lines += [f"{origin.path}: {problem}" for problem in origin.problems[:1]]
-    for title, changes in (("config", found.config), ("made of", found.facts)):
+    shared = [change for change in found.facts if ABSENT not in (change.old, change.new)]
+    facts = [f"{change.path}: {change.old} -> {change.new}" for change in shared]  # texts, without quotes
+    for origin, alone in ((one, "new"), (other, "old")):
+        names = [change.path for change in found.facts if getattr(change, alone) == ABSENT]
+        facts += [f"told by {origin.path} alone: {', '.join(names)}"] if names else []
+    for title, changes in (("config", [str(change) for change in found.config]), ("made of", facts)):
         if changes:
-            lines += [f"{title}:", *(f"  {_cut(str(change))}" for change in changes)]
+            lines += [f"{title}:", *(f"  {_cut(change)}" for change in changes)]
     if found.apart is not None:
         lines.append(_distance(found))
     elif one.adapter and other.adapter:

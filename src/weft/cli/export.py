@@ -54,16 +54,18 @@ def export_all(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
     )  # fmt: skip
     found = origins(arguments.source, arguments.expert, arguments.step)
-    failed = 0
-    for origin, target in zip(found, targets(found, order), strict=True):
-        result = export(origin, target, order)
+    places = targets(found, order)
+    results = export(found, places, order)
+    for origin, target, result in zip(found, places, results, strict=True):
         tell(origin, target, order.to, result)
-        failed += result.path is None
-    return 1 if failed else 0
+    return 1 if any(result.path is None for result in results) else 0
 
 
 def tell(origin: "Origin", target: Path, to: str, result: "Result") -> None:
     adapter, verified = result.adapter, result.verified
+    if result.path is None and verified.is_equal:
+        print(f"{target}: not written, though right, since the other expert's is not.")
+        return
     if result.path is None:
         print(f"{target}: not written. As {to} reads it, it is not what {origin.path} is:")
         tell_differences(verified)
@@ -72,10 +74,11 @@ def tell(origin: "Origin", target: Path, to: str, result: "Result") -> None:
 
     kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in adapter.tensors.values()}
     precision = ", ".join(sorted(SHORT.get(kind, kind) for kind in kinds))
-    print(f"{'file':<9} {result.path} ({result.size / 1e6:,.1f} MB, {precision})")
+    apart = f"{verified.largest:.1e} from the source at most" if verified.largest else "exactly what the source does"
+    print(f"{'file':<9} {result.path} ({size_of(result.size)}, {precision})")
     expert = f", expert {origin.expert}" if origin.expert != "default" else ""
     print(f"{'holds':<9} {len(verified.differences)} layers in {result.keys} keys, {scale_of(origin)}{expert}")
-    print(f"{'check':<9} read back as {to} does: {verified.largest:.1e} from the source at most")
+    print(f"{'check':<9} read back as {to} does: {apart}")
     if result.rounding is not None and result.rounding.largest > 0:
         path, loss = max(result.rounding.differences.items(), key=lambda each: each[1])
         print(f"{'rounding':<9} to {precision}: {loss:.1e} of the change at most, in {path}")
@@ -84,6 +87,10 @@ def tell(origin: "Origin", target: Path, to: str, result: "Result") -> None:
         print(f"{'sample':<9} {steps}, guidance 1")
     for note in result.notes:
         print(f"{'note':<9} {note}")
+
+
+def size_of(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"
 
 
 def scale_of(origin: "Origin") -> str:

@@ -32,6 +32,8 @@ def run(argv: Sequence[str]) -> int:
     """Write the run.yaml, and say what it holds and lacks."""
     arguments = arguments_of(argv)
     out: Path | None = arguments.out
+    if out and out.is_dir():
+        raise ConfigError(f"--out: {out} is a folder. Name a file, such as {out / 'run.yaml'}.")
     if out and out.exists() and not arguments.overwrite:
         raise ConfigError(f"--out: {out} is there already. Choose another name, or write --overwrite.")
 
@@ -48,7 +50,10 @@ def run(argv: Sequence[str]) -> int:
     schema = (Path(str(files("weft"))) / "weft.schema.json").as_uri()
     text = written(draft, schema)
     if out:
-        write_whole(out, text)
+        try:
+            write_whole(out, text)
+        except OSError as error:
+            raise ConfigError(f"--out: {out} cannot be written: {error.strerror}.") from None
     else:
         print(text, end="")
     _complain(f"{', '.join(str(path) for path in arguments.files)}: {found.name}")

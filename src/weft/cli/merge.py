@@ -216,9 +216,12 @@ def tell_merged(merge: "Merge", written: "Written", seconds: float) -> None:
             print(f"{one.strength:6g}  {one.path} (rank {one.adapter.rank}, scale {one.adapter.scale:g})")
         which = f" of expert {network.expert}" if network.expert in ("high", "low") else ""
         print(f"{network.layers} layers{which} changed")
-    size, pace = written.bytes / 1e9, written.bytes / 1e6 / seconds
-    print(f"{size:.2f} GB in {seconds:.0f} s ({pace:.0f} MB/s); {written.compared} tensors read back and compared")
-    if written.linked:
+    size, pace = written.bytes / 1e6, written.bytes / 1e6 / seconds
+    said = f"{size / 1e3:.2f} GB" if size >= 1e3 else f"{size:.1f} MB"
+    print(f"{said} in {seconds:.1f} s ({pace:.0f} MB/s); {written.compared} tensors read back and compared")
+    if written.linked == 1:
+        print("1 other file is a hard link to the base's (--copy makes a copy)")
+    elif written.linked:
         print(f"{written.linked} other files are hard links to those of the base (--copy makes copies)")
     for name in written.left_out:
         print(f"left out: {name}, which holds weights without the change")

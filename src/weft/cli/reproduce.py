@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from weft.errors import ConfigError
+
 
 def run(argv: Sequence[str]) -> int:
     """Print the config, and warn of what is no longer as it was."""
@@ -32,7 +34,10 @@ def run(argv: Sequence[str]) -> int:
     refuse_untrained(origin)
     text = reproduced(origin, arguments.full) if origin.config else begun(describe(arguments.adapter))
     if arguments.out:
-        write_whole(arguments.out, text)
+        try:
+            write_whole(arguments.out, text)
+        except OSError as error:
+            raise ConfigError(f"--out: {arguments.out} cannot be written: {error.strerror}.") from None
     else:
         print(text, end="")
     warnings = [] if arguments.no_check else list(warnings_of(origin))

@@ -32,6 +32,10 @@ def facts_of(path: Path) -> Facts:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = f" {did_you_mean(path.name, siblings)}" if siblings else ""
         raise ModelError(f"there is no '{path}' (in {Path.cwd()}).{near}")
+    if path.is_file() and path.suffix in (".yaml", ".yml"):
+        raise ModelError(
+            f"{path} is a config. What it resolves to: weft config show {path}; what it needs: weft plan {path}."
+        )
     if path.is_file() and (found := weight_file_facts(path)):
         return found
     if path.is_file() or any((path / name).is_file() for name in ADAPTER_FILES):

@@ -12,6 +12,7 @@ from weft.cli.show_words import DTYPES, Facts, json_in, json_of, size_words
 from weft.errors import ModelError
 from weft.few_steps import StepList
 from weft.formats.describe import Description, describe
+from weft.formats.sniff import DIFFUSERS_WEIGHTS, OTHER_WEIGHTS
 
 KINDS = {"lora": "a LoRA", "loha": "a LoHa", "lokr": "a LoKr", "oft": "an OFT"}
 TOLD = ("expert", "git", "source")  # left out of "trained with" where they say nothing
@@ -62,6 +63,7 @@ SAID = {
     "modelspec.merged_from": "merged from",
 }
 NOTHING = ("", "None", "null")
+OTHER_FORMATS = ("ComfyUI", "musubi", "VideoX-Fun", "the makers' own code")  # of OTHER_WEIGHTS, one by one
 TAGS = 8  # most frequent captions' tags that are told
 
 
@@ -93,6 +95,7 @@ def _facts(found: Description, path: Path) -> Facts:
     return {
         "what": f"{KINDS[found.kind]} in {found.format} format" + (f" ({', '.join(variant)})" if variant else ""),
         "file": str(found.weights),
+        **_beside(path, found.weights),
         "size": size_words(found.size),
         **({"family": family} if family else {}),
         **expert_facts(found),
@@ -112,6 +115,14 @@ def _facts(found: Description, path: Path) -> Facts:
         **({"other trainers' words": theirs} if theirs and not told else {}),
         **({"config": config} if config else {}),
     }
+
+
+def _beside(path: Path, weights: Path) -> Facts:
+    """Of a folder, the files for other programs that lie beside the one that is told of."""
+    others = {DIFFUSERS_WEIGHTS: "diffusers", **dict(zip(OTHER_WEIGHTS, OTHER_FORMATS, strict=True))}
+    there = {name: to for name, to in others.items() if path.is_dir() and (path / name).is_file()}
+    words = [f"{name}, for {to}" for name, to in there.items() if path / name != weights]
+    return {"beside it": words} if words else {}
 
 
 def _foreign(name: str) -> bool:

@@ -1,6 +1,7 @@
 """Small texts that `weft show` and its neighbours print: sizes, sections, and what is said of a value."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from weft.config.show import show as as_yaml
 Facts = dict[str, Any]
 
 LONGEST = 100  # columns of a value; --json cuts nothing
+NUMBERS = re.compile(r"\d{1,12}(?:\.\d+)?|\[\d[\d., ]*\d\]")  # one or several; a hash is none
 MARGIN = 17  # columns before a value
 DTYPES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "F8_E4M3": "fp8", "F8_E5M2": "fp8 e5m2"}
 
@@ -45,14 +47,26 @@ def printed(facts: Facts) -> str:
 
 
 def value_words(value: Any) -> str:
-    """A value for people: sections as YAML, one entry a line, below one another."""
+    """A value for people: sections as YAML, one entry a line, below one another, without what is empty."""
     if isinstance(value, Mapping):
-        return ("\n" + " " * MARGIN).join(_cut(line) for line in as_yaml(value).splitlines())
+        return ("\n" + " " * MARGIN).join(_cut(line) for line in as_yaml(_told(value)).splitlines())
     if isinstance(value, list):
         return ", ".join(map(str, value))
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _told(value: Any) -> Any:
+    """A section without null, {} and [], its numbers as numbers and in six digits; --json has all as it stands."""
+    if isinstance(value, Mapping):
+        told = {key: _told(item) for key, item in value.items()}
+        return {key: item for key, item in told.items() if item is not None and item not in ({}, [])}
+    if isinstance(value, list):
+        return [_told(item) for item in value]
+    if isinstance(value, str) and NUMBERS.fullmatch(value) and str(json.loads(value)) == value:
+        return _told(json.loads(value))
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _cut(line: str) -> str:

@@ -80,8 +80,8 @@ def safetensors_header(path: Path) -> Mapping[str, Any]:
         if not 2 <= length <= min(size - 8, 100_000_000):
             raise ModelError(f"{path}: not a safetensors file, or cut off in its header ({size} bytes).")
         try:
-            header = json.loads(file.read(length))
-        except ValueError as damaged:
+            header = dict(json.loads(file.read(length)))
+        except (ValueError, TypeError, RecursionError) as damaged:
             raise ModelError(f"{path}: the safetensors header is damaged. Fetch the file again.") from damaged
     ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     if 8 + length + max(ends, default=0) != size:

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from weft.errors import ModelError
 from weft.formats.adapter_file import ENDS, MAGNITUDE, A, B, SavedAdapter, paths_in, scale_of
+from weft.formats.sizes import refuse_misfits
 
 # Fields of LoraConfig under which a file's weights mean something else than scale B A on an untouched base.
 OTHER_MEANINGS = (
@@ -54,6 +55,7 @@ def saved_adapter(
     _refuse_strangers(named, kind, source)
     _refuse_halves(named, source)
     paths = paths_in(named)
+    _refuse_sizes(named, kind, source)
     canonical = {path + end: named[path + end] for path in paths for end in ENDS[kind] if path + end in named}
     linear = [path for path in paths if canonical[path + A].dim() == 2]
     convolutions = [path for path in paths if canonical[path + A].dim() > 2]
@@ -128,6 +130,7 @@ def _other_kind(
     if given:
         raise ModelError(f"{source} was made with {', '.join(given)}, which Weft's {kind} has not.")
     _refuse_strangers(tensors, kind, source)
+    _refuse_sizes(tensors, kind, source)
     options = {name: config.get(name, default) for name, default in OPTIONS[kind].items()}
     facts = (int(config.get("r", 8)), float(config.get("alpha", 8))) if kind != "oft" else (0, 0.0)
     if kind == "oft" and not options["oft_block_size"]:
@@ -164,3 +167,8 @@ def _refuse_halves(tensors: Mapping[str, Tensor], source: Path) -> None:
 def _pattern_value(patterns: Mapping[str, float], path: str, otherwise: float) -> float:
     """PEFT's rule: the first key that the path ends with, on a dot boundary; keys may be regexes."""
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), otherwise)
+
+
+def _refuse_sizes(tensors: Mapping[str, Tensor], kind: str, source: Path) -> None:
+    for path in paths_in(tensors):
+        refuse_misfits(path, {end: tensors[path + end] for end in ENDS[kind] if path + end in tensors}, source)

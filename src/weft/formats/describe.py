@@ -169,7 +169,7 @@ def _canonical(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _rank(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    return next((shapes[end][axis] for end, axis in RANK_AT if end in shapes), 0)
+    return next((shapes[end][axis] for end, axis in RANK_AT if len(shapes.get(end, ())) > axis), 0)
 
 
 def _ranks(layers: Mapping[str, Mapping[str, tuple[int, ...]]]) -> dict[int, int]:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from weft.errors import ModelError
@@ -14,7 +13,7 @@ from weft.formats.adapter_file import A, SavedAdapter, paths_in, peft_fields
 from weft.formats.canonical import saved_adapter
 from weft.formats.foreign import read_foreign
 from weft.formats.header import read_header
-from weft.formats.single_file import file_at, refuse_kind, write_file
+from weft.formats.single_file import file_at, refuse_kind, refuse_language_models, write_file
 from weft.formats.sniff import (
     DIFFUSERS_METADATA,
     DIFFUSERS_PREFIX,
@@ -25,6 +24,7 @@ from weft.formats.sniff import (
     sniff,
 )
 from weft.formats.strangers import stranger
+from weft.formats.tensor_file import read_tensors
 
 DIFFUSERS = "https://github.com/huggingface/diffusers"  # whose names the file has
 
@@ -40,6 +40,7 @@ class DiffusersFile:
     def write(self, target: Path, adapter: SavedAdapter) -> Path:
         """Write a file for `load_lora_weights`, or one into a folder; returns it. Raises ModelError for other kinds."""
         refuse_kind(adapter, "diffusers", ("lora",), also=("dora",))
+        refuse_language_models(adapter, "diffusers")
         tensors = {DIFFUSERS_PREFIX + key: tensor for key, tensor in adapter.tensors.items()}
         config = {DIFFUSERS_PREFIX + key: value for key, value in peft_fields(adapter).items()}
         header = {DIFFUSERS_METADATA: json.dumps(config, sort_keys=True)}
@@ -55,7 +56,7 @@ class DiffusersFile:
             return read_foreign(found.weights)
         if other := stranger(header.tensors, header.metadata):
             raise ModelError(f"{path} is {other}. Weft reads those of Wan and HunyuanVideo.")
-        tensors = {key.removeprefix(DIFFUSERS_PREFIX): tensor for key, tensor in load_file(found.weights).items()}
+        tensors = {key.removeprefix(DIFFUSERS_PREFIX): tensor for key, tensor in read_tensors(found.weights).items()}
         config = diffusers_config(header.metadata, path) or _config_of_ranks(tensors)
         return saved_adapter(tensors, config, provenance(header), path)
 

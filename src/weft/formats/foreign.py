@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from weft.errors import ModelError
@@ -13,7 +12,9 @@ from weft.formats.fused import canonical_layers
 from weft.formats.header import Header, read_header
 from weft.formats.keys import ALPHA, Names, names_in
 from weft.formats.layers import CONVOLUTIONS, PATCH, Layer, adapter_of, layers_of, neat
+from weft.formats.sizes import refuse_misfits
 from weft.formats.sniff import diffusers_config, provenance, scale_beside
+from weft.formats.tensor_file import read_tensors
 from weft.names.modules import FAMILIES, modules
 
 Keys = Mapping[tuple[str, int | None], str]  # of one module: canonical end, and which of several -> name in the file
@@ -28,7 +29,7 @@ def read_foreign(weights: Path, expert: str | None = None) -> SavedAdapter:
     """
     header = read_header(weights)
     names = names_in(header.tensors, header.metadata, weights, expert)
-    tensors, usual = load_file(weights), _usual_scale(weights, header, names)
+    tensors, usual = read_tensors(weights), _usual_scale(weights, header, names)
     layers = [_layer(name, keys, tensors, names.kind, weights, usual) for name, keys in names.modules.items()]
     canonical = canonical_layers(layers, names.kind, modules(names.family))
     of_expert = {"weft.expert": names.expert} if names.expert else {}
@@ -65,13 +66,17 @@ def _layer(name: str, keys: Keys, tensors: Mapping[str, Tensor], kind: str, sour
     each = [Layer(name, {e: t for (e, p), t in found.items() if p == part}) for part in parts or [None]]
     for layer in each:
         _refuse_half(layer, kind, keys, source)
+        refuse_misfits(name, layer.tensors, source)
     layer = _beside(each) if parts else each[0]
     inner = each[0].rank
-    if alpha is None:
-        scale = usual
-    else:
-        scale = neat(float(alpha.item()) / inner) if alpha.item() and inner else 1.0
+    scale = usual if alpha is None else _scale(alpha, inner, keys[ALPHA, None], source)
     return Layer(name, _shaped(layer, source), scale)
+
+
+def _scale(alpha: Tensor, rank: int, key: str, source: Path) -> float:
+    if alpha.numel() != 1:
+        raise ModelError(f"{source}: '{key}' is an alpha of {alpha.numel()} numbers, and one was expected.")
+    return neat(float(alpha.item()) / rank) if alpha.item() and rank else 1.0
 
 
 def _refuse_half(layer: Layer, kind: str, keys: Keys, source: Path) -> None:

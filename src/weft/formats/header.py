@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from weft.errors import ModelError
 
@@ -46,18 +47,27 @@ def read_header(path: Path) -> Header:
         raise ModelError(f"{path} cannot be read: {error.strerror}.") from error
     try:
         entries = json.loads(raw)
-        metadata = dict(sorted(entries.pop("__metadata__", {}).items()))  # the library writes them in no order
-        first = 8 + length
-        tensors = {
-            name: TensorEntry(e["dtype"], tuple(e["shape"]), first + e["data_offsets"][0])
-            for name, e in entries.items()
-        }
-        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        metadata = dict(sorted((entries.pop("__metadata__", None) or {}).items()))  # the library has no order for them
+        tensors = {name: _entry(fields, 8 + length) for name, fields in entries.items()}
+        end = max((fields["data_offsets"][1] for fields in entries.values()), default=0)
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("metadata that are no words")
+    # A header of brackets alone comes to the limit of recursion.
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path} is not a safetensors file, or its header is damaged ({size} bytes).") from error
     if size < 8 + length + end:
         raise ModelError(f"{path} is cut short: {8 + length + end - size} of {8 + length + end} bytes are missing.")
     return Header(tensors, metadata, size)
+
+
+def _entry(fields: Mapping[str, Any], first: int) -> TensorEntry:
+    """Raises ValueError or TypeError for what no tensor can be. first: byte of the file at which tensors begin."""
+    start, end = fields["data_offsets"]
+    entry = TensorEntry(fields["dtype"], tuple(fields["shape"]), first + start)
+    counts = (*entry.shape, start, end)
+    if not all(isinstance(count, int) and count >= 0 for count in counts) or 4 * entry.numbers > 8 * (end - start):
+        raise ValueError("a shape that does not fit its bytes")  # the narrowest numbers have 4 bits
+    return entry
 
 
 def read_numbers(path: Path, entries: Mapping[str, TensorEntry]) -> dict[str, float]:

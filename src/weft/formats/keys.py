@@ -121,6 +121,12 @@ def names_in(names: Iterable[str], metadata: Mapping[str, str], source: Path, ex
     return Names(format_of(names) or "original", family, kind, layers, chosen)
 
 
+def are_for_both(names: Iterable[str]) -> bool:
+    """Whether these are names of layers of both experts of Wan 2.2: where some are of the second, others are not."""
+    experts = {key.expert for name in names if (key := key_of(name))}
+    return "low" in experts and len(experts) > 1
+
+
 def _key(module: str, end: str, part: int | None = None, adapter: str = "") -> Key:
     beginning = next(start for start in BEGINNINGS if module.startswith(start))
     rest = module.removeprefix(beginning)
@@ -170,8 +176,8 @@ def _of_expert(keys: Mapping[str, Key], expert: str | None, source: Path) -> tup
     there = sorted({key.expert for key in keys.values() if key.expert})
     if len(there) > 1 and expert is None:
         raise ModelError(
-            f"{source} holds the layers of both experts of Wan 2.2, high and low noise. Say which one: "
-            "--expert high or --expert low."
+            f"{source} holds the layers of both experts of Wan 2.2, high and low noise, and here one is wanted. "
+            f"Make two files of it: weft export {source} --to comfyui."
         )
     if expert is not None and there and expert not in there:
         raise ModelError(f"{source} holds the layers of the {there[0]}-noise expert, and none of '{expert}'.")

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from weft.durable import write_whole
@@ -14,7 +13,7 @@ from weft.formats.canonical import saved_adapter
 from weft.formats.foreign import with_canonical_names
 from weft.formats.header import read_header
 from weft.formats.sniff import PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS, STALE, provenance, read_config, sniff
-from weft.formats.tensor_file import write_tensors
+from weft.formats.tensor_file import read_tensors, write_tensors
 
 
 class PeftFolder:
@@ -51,7 +50,7 @@ class PeftFolder:
 def _weights(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if file.suffix == ".safetensors":
         metadata = provenance(read_header(file))
-        return load_file(file), metadata
+        return read_tensors(file), metadata
     try:
         # weights_only: a pickle could otherwise run any code.
         return torch.load(file, map_location="cpu", weights_only=True), {}

@@ -18,7 +18,7 @@ from weft.formats.tensor_file import write_tensors
 from weft.names.modules import FAMILIES, Modules, family_of, modules
 
 LARGEST_MAP = 64_000  # bytes of the names that are kept in a header
-WORDS = {"lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr"}
+WORDS = {"lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr", "oft": "OFT"}
 
 
 def file_at(target: Path, usual: str) -> Path:
@@ -32,11 +32,10 @@ def refuse_kind(
     """Raise ModelError for an adapter of a kind that a format cannot hold. also: what it holds as a kind of LoRA."""
     kind = "dora" if adapter.dora else adapter.kind
     if kind not in (*holds, *also):
-        held = ", ".join(WORDS[each] for each in holds)
-        own = WORDS[kind] if adapter.dora else kind
+        held = " and ".join(", ".join(WORDS[each] for each in holds).rsplit(", ", 1))
         raise ModelError(
-            f"the {style} format holds {held} alone, and this adapter is of kind {own}{why}; write --to peft, or "
-            "merge it into the base: weft merge ADAPTER --into BASE."
+            f"the {style} format holds {held} alone, and this adapter's kind is {WORDS[kind]}{why}; write --to peft, "
+            "or merge it into the base: weft merge ADAPTER --into BASE."
         )
 
 
@@ -50,15 +49,20 @@ def refuse_convolutions(adapter: SavedAdapter, style: str, program: str) -> None
         )
 
 
-def known_modules(adapter: SavedAdapter, style: str) -> Modules:
-    """The modules of the adapter's model. Raises ModelError for a language model's adapter, and for unknown models."""
-    paths = adapter.paths
-    family = adapter.metadata.get("weft.family") or family_of(paths)
-    if family == "causal-lm" or family_of(paths) == "causal-lm":
+def refuse_language_models(adapter: SavedAdapter, style: str) -> None:
+    """Raise ModelError for a language model's adapter, for a format whose programs know video models alone."""
+    if "causal-lm" in (adapter.metadata.get("weft.family"), family_of(adapter.paths)):
         raise ModelError(
             f"the {style} format is for video models, and this is the adapter of a language model; write --to peft, "
             "which transformers, vLLM and PEFT load."
         )
+
+
+def known_modules(adapter: SavedAdapter, style: str) -> Modules:
+    """The modules of the adapter's model. Raises ModelError for a language model's adapter, and for unknown models."""
+    paths = adapter.paths
+    family = adapter.metadata.get("weft.family") or family_of(paths)
+    refuse_language_models(adapter, style)
     for each in (family, *FAMILIES):
         if each in FAMILIES and all(path in modules(each).official for path in paths):
             return modules(each)

@@ -80,6 +80,11 @@ def _sniff_folder(folder: Path) -> Found:
             return sniff(folder / name)
     names = sorted(entry.name for entry in folder.iterdir())
     inside = f"{', '.join(names[:5])}{' and more' if len(names) > 5 else ''}" if names else "nothing"
+    if "manifest.json" in names and "state.safetensors" in names:
+        raise ModelError(
+            f"{folder} is a checkpoint that a run goes on from. Adapters are beside the folder of checkpoints, such as "
+            f"{folder.parent.parent / folder.name}."
+        )
     if "model_index.json" in names or "config.json" in names:
         raise ModelError(f"{folder} is a whole model, not an adapter (it holds {inside}).")
     weights = [folder / name for name in names if name.endswith(".safetensors")]

@@ -57,6 +57,9 @@ class DiffusionPipe:
 
     def read(self, files: Sequence[ReadFile], draft: Draft) -> None:
         """Put a main file and its dataset files into the draft. Raises ConfigError."""
+        for file in files:
+            if file.kind != "toml":
+                raise ConfigError(f"{file.path}: {PROGRAM}'s configs are TOML, and this is none.")
         mains = [file for file in files if "model" in file.content]
         if not mains:
             raise ConfigError(
@@ -66,7 +69,7 @@ class DiffusionPipe:
             raise ConfigError(f"{mains[1].path}: a second file with [model]. Import one after the other.")
         main, others = mains[0], [file for file in files if file is not mains[0]]
         theirs = dotted(main, PROGRAM, sections=SECTIONS, whole=("eval_datasets",))
-        model = _model(theirs, draft)
+        model = _model(theirs, draft, main)
         _run(theirs, draft, main)
         data = dataset_file(theirs.text("dataset"), main, others)
         sides = put_data(data, theirs, draft, theirs.text("dataset"))
@@ -91,12 +94,12 @@ def _run(theirs: Theirs, draft: Draft, main: ReadFile) -> None:
 # ---- The model ------------------------------------------------------------------------------------------------------
 
 
-def _model(theirs: Theirs, draft: Draft) -> str:
+def _model(theirs: Theirs, draft: Draft, main: ReadFile) -> str:
     """Put the family; what it is called here."""
     kind = theirs.text("model.type") or ""
     if kind not in ("wan", "hunyuan-video"):
         near = "" if kind in MODELS else f" {did_you_mean(kind, MODELS)}"
-        where = theirs.place("model.type") if kind else "[model] type"
+        where = theirs.place("model.type") if kind else f"{main.path}: [model] type"
         raise ConfigError(
             f"{where}: the model is '{kind}', and Weft trains Wan, HunyuanVideo and language models. Of {PROGRAM}'s "
             f"types it imports wan and hunyuan-video.{near}"
@@ -105,7 +108,7 @@ def _model(theirs: Theirs, draft: Draft) -> str:
     paths = {key: theirs.text(f"model.{key}") for key in ("ckpt_path", "transformer_path", "vae_path", "llm_path")}
     folder, network = paths["ckpt_path"], paths["transformer_path"]
     if not (folder or network):
-        raise ConfigError(f"model.ckpt_path is missing, and {PROGRAM} asks for it.")
+        raise ConfigError(f"{main.path}: model.ckpt_path is missing, and {PROGRAM} asks for it.")
     put_source(draft, folder or network or "", "model.ckpt_path" if folder else "model.transformer_path")
     expert = _expert(theirs, draft, folder or "", network or "") if kind == "wan" else None
     if folder and network:

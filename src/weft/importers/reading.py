@@ -40,7 +40,15 @@ def _read(path: Path, text: str) -> ReadFile:
         return ReadFile(path, text, kind, content, dict(_json_lines(content, text)))
     if kind == "yaml":
         _refuse_growth(text, path)
-        document = read_yaml(text, str(path))
+        try:
+            document = read_yaml(text, str(path))
+        except ConfigError:
+            if path.suffix.lower() in KINDS:
+                raise
+            raise ConfigError(
+                f"'{path}' is neither a config nor a launch script: its name has none of the endings "
+                f"{', '.join(KINDS)}, and its text is none of these."
+            ) from None
         lines = {key: place.line for key, place in document.places.items()}
         return ReadFile(path, text, kind, document.data, lines)
     return ReadFile(path, text, kind, read_script(text, path))
@@ -55,6 +63,8 @@ def _text(path: Path) -> str:
         raise ConfigError(f"'{path}' has {path.stat().st_size / 2**20:,.0f} MB, and a config is text of a few pages.")
     try:
         return path.read_text(encoding="utf-8-sig").replace("\r\n", "\n")
+    except OSError as error:
+        raise ConfigError(f"'{path}' cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"'{path}' is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
 

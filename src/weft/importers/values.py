@@ -181,7 +181,8 @@ def drop_left(theirs: Theirs, draft: Draft, reasons: Mapping[str, str], known: C
     left = set(theirs.left)
     told = draft.words()
     for key, given in theirs.given.items():
-        if key not in left and not {key, key.rpartition(".")[2]} & told:
+        within = any(word.startswith(f"{key}.") for word in told)  # its parts were told of
+        if key not in left and not within and not {key, key.rpartition(".")[2]} & told:
             draft.same(key, given.value)
     for key in theirs.left:
         value = theirs.given[key].value

@@ -19,7 +19,7 @@ from weft.families.causal_lm import is_language_model
 from weft.few_steps import StepList
 from weft.formats.adapter_file import STEP_LIST, SavedAdapter
 from weft.formats.canonical import at_strength
-from weft.formats.reading import read_adapter
+from weft.formats.reading import experts_in, read_adapter
 from weft.run.assemble import adapter_folder, joined
 from weft.run.summed import Part, common_step_list, refuse_without_sum, summed
 
@@ -89,15 +89,17 @@ class Found:
 
 
 def find_adapters(paths: Sequence[Path], strengths: Sequence[float]) -> list[Found]:
-    """The adapters at paths, each with the strength of its path; of a run's folder those of all its experts.
+    """The adapters at paths, each with the strength of its path; of a run's folder or of a file those of all experts.
 
     Several may be for one network. Raises ModelError for those whose changes cannot be added up.
     """
     found = []
     for path, strength in zip(paths, strengths, strict=True):
         inside = [path / adapter_folder("adapter", name) for name in (DEFAULT.name, "high", "low")]
-        for folder in [folder for folder in inside if folder.is_dir()] or [path]:
-            adapter = read_adapter(folder)
+        folders = [folder for folder in inside if folder.is_dir()]
+        experts = () if folders else experts_in(path)
+        read = [(path, read_adapter(path, expert)) for expert in experts]
+        for folder, adapter in read or [(folder, read_adapter(folder)) for folder in folders or [path]]:
             found.append(Found(folder, adapter, adapter.metadata.get("weft.expert", DEFAULT.name), strength))
     for together in by_expert(found).values():
         refuse_twice(together)

@@ -14,8 +14,9 @@ from weft.adapters.several import SeveralAdapters
 from weft.adapters.targets import TargetReport
 from weft.contracts import DEFAULT, Adapters, Engine, Model, ModelFamily
 from weft.errors import ConfigError
+from weft.formats.adapter_file import SavedAdapter
 from weft.formats.canonical import tensors_at_scale
-from weft.formats.reading import read_adapter
+from weft.formats.reading import experts_in, read_adapter
 from weft.run.config import RunConfig
 from weft.run.learner import Learner, MovingAverage
 from weft.run.pace import Pace
@@ -107,9 +108,15 @@ def start_from(config: RunConfig, learner: Learner) -> None:
     if path is None:
         return
     for role, expert in zip(learner.shown, learner.experts, strict=True):
-        earlier, recipe = read_adapter(find_adapter(path, expert.name)), config.adapter_of(role)
+        earlier, recipe = earlier_adapter(path, expert.name), config.adapter_of(role)
         tensors = tensors_at_scale(earlier, recipe.scale, recipe.conv_scale)
         learner.model.adapters.load_state_dict(role, tensors)
+
+
+def earlier_adapter(path: Path, expert: str) -> SavedAdapter:
+    """What an expert begins with: its own adapter in a run's folder or a file for both, else the one that is there."""
+    found = find_adapter(path, expert)
+    return read_adapter(found, expert if expert in experts_in(found) else None)
 
 
 def find_adapter(path: Path, role: str = DEFAULT.name) -> Path:

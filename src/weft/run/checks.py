@@ -12,8 +12,8 @@ from weft.adapters.targets import TargetReport
 from weft.contracts import Distilled, Engine, Validated, as_video
 from weft.errors import ConfigError
 from weft.events import Listener
-from weft.formats.reading import read_adapter
-from weft.run.assemble import check_engine, find_adapter, target_report
+from weft.formats.adapter_file import SavedAdapter
+from weft.run.assemble import check_engine, earlier_adapter, find_adapter, target_report
 from weft.run.config import RunConfig
 from weft.run.pace import Pace
 from weft.run.shots import check_shots, shots_of
@@ -90,12 +90,11 @@ def check_adapter(config: RunConfig, targets: TargetReport) -> None:
     if path is None:
         return
     for expert in config.family.experts:
-        check_earlier(config, targets, find_adapter(path, expert.name))
+        check_earlier(config, targets, find_adapter(path, expert.name), earlier_adapter(path, expert.name))
 
 
-def check_earlier(config: RunConfig, targets: TargetReport, path: Path) -> None:
+def check_earlier(config: RunConfig, targets: TargetReport, path: Path, earlier: SavedAdapter) -> None:
     """Raises WeftError for one adapter that cannot be started from."""
-    earlier = read_adapter(path)
     if mends := config.adapter.differences(earlier):
         raise ConfigError(
             f"adapter.start_from: {path} is of kind {earlier.kind} and rank {earlier.rank}, which the config cannot "

@@ -5,6 +5,7 @@ import json
 import shutil
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -20,7 +21,8 @@ from weft.formats.canonical import tensors_at_scale
 from weft.formats.casting import cast
 from weft.formats.consumers import CONSUMERS, VIDEO, use_of
 from weft.formats.header import read_header
-from weft.formats.reading import read_adapter
+from weft.formats.reading import experts_in, read_adapter
+from weft.formats.sniff import PEFT_CONFIG, PEFT_WEIGHTS
 from weft.names.modules import family_of
 from weft.run.assemble import adapter_folder
 from weft.run.folder import is_disk_full
@@ -29,6 +31,7 @@ from weft.run.verifying import TOLERANCE, Verified, check_export, compare
 Kept = Literal["full", "short", "none"]
 EXPERTS = (DEFAULT.name, "high", "low")
 PRECISIONS: Mapping[torch.dtype, str] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+OTHER_FILES = (".bin", ".ckpt", ".gguf", ".json", ".pt", ".pth", ".sft", ".yaml")  # of names that are meant for files
 RECEIPT = "weft.verified"
 # What a short header keeps: what is needed to apply the adapter, and to know what it fits; no paths, no prompts.
 SHORT = ("weft.version", "weft.family", "weft.base", "weft.expert", "weft.times", "weft.step", STEP_LIST)
@@ -58,8 +61,8 @@ class Origin:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one order. path: None where the check failed, and nothing was left. rounding: what casting changed;
-    None where nothing was cast. keys: in the file. adapter: as it was written."""
+    """What came of one order. path: None where the check failed, of this file or of the other expert's, and nothing was
+    left. rounding: what casting changed; None where nothing was cast. keys: in the file. adapter: as it was written."""
 
     path: Path | None
     verified: Verified
@@ -80,11 +83,13 @@ def origins(source: Path, expert: str | None = None, step: int | None = None) ->
     """
     if not source.exists():
         raise ModelError(f"there is no adapter at {source}: no such file or folder.")
-    is_run = source.is_dir() and (source / "config.yaml").is_file()
+    finished = [source / adapter_folder("adapter", name) for name in EXPERTS]
+    is_run = source.is_dir() and ((source / "config.yaml").is_file() or any(map(Path.is_dir, finished)))
     if step is not None and not is_run:
         raise ConfigError(f"--step: {source} is no run's folder, which alone has adapters of several steps.")
     if not is_run:
-        return [_of_file(source, expert)]
+        each = (expert,) if expert is not None else experts_in(source) or (None,)
+        return [_of_file(source, one) for one in each]
     stem = "adapter" if step is None else f"global_step_{step}"
     found = {name: source / adapter_folder(stem, name) for name in EXPERTS}
     found = {name: folder for name, folder in found.items() if folder.is_dir()}
@@ -92,6 +97,8 @@ def origins(source: Path, expert: str | None = None, step: int | None = None) ->
         there = sorted(path.name for path in source.glob("global_step_*"))
         what = "no finished adapter" if step is None else f"no adapter of step {step}"
         raise ConfigError(f"{source}: there is {what}. Saved are: {', '.join(there) or 'none'}. Choose one by --step.")
+    if expert is not None and list(found) == [DEFAULT.name]:
+        raise ConfigError(f"--expert: {source} trained a model without experts. Leave --expert out.")
     if expert is not None and expert not in found:
         raise ConfigError(f"--expert: {source} has no adapter for '{expert}'. {did_you_mean(expert, list(found))}")
     name = source.name if step is None else f"{source.name}-{step}"
@@ -106,7 +113,9 @@ def _of_file(source: Path, expert: str | None) -> Origin:
         raise ConfigError(f"--expert: {source} says that it is for '{told}' noise, not '{expert}'.")
     if expert is not None and told == DEFAULT.name:
         adapter = replace(adapter, metadata={**adapter.metadata, "weft.expert": expert})
-    return Origin(source, adapter, expert or told, source.with_suffix("") if source.is_file() else source)
+    is_part = source.is_file() and (source.parent / PEFT_CONFIG).is_file()
+    stem = source.parent if is_part else source.with_suffix("") if source.is_file() else source
+    return Origin(source, adapter, expert or told, stem)
 
 
 def targets(found: Sequence[Origin], order: Order) -> list[Path]:
@@ -138,41 +147,88 @@ def _named(out: Path, expert: str, usual: str | None) -> Path:
         return out.with_name(out.name + expert)
     if out.suffix == ".safetensors":
         return out.with_name(f"{out.stem}{expert}.safetensors")
+    if out.suffix in OTHER_FILES:
+        raise ConfigError(f"--out: '{out}' should end in .safetensors, or name a folder.")
     return out.with_name(out.name + expert) / usual
 
 
 # ---- Writing -------------------------------------------------------------------------------------------------------
 
 
-def export(origin: Origin, target: Path, order: Order) -> Result:
-    """Write, read back, compare, and only then give the file its name. Raises WeftError for what the format cannot
-    hold, and for a disk that is full."""
-    source = origin.adapter
-    kept = replace(source, metadata=metadata_of(source, order.metadata))
-    adapter, rounding = prepared(kept, order)
+@dataclass(frozen=True)
+class Draft:
+    """A file that is written and checked, and has not its name yet."""
+
+    path: Path
+    target: Path
+    result: Result
+
+
+def export(found: Sequence[Origin], places: Sequence[Path], order: Order) -> list[Result]:
+    """Write, read back, compare, and only when all are right give the files their names: all of them or none.
+
+    Raises WeftError for what the format cannot hold, and for a disk that is full.
+    """
+    with ExitStack() as stack:
+        drafts = [
+            stack.enter_context(_drafted(origin.adapter, target, order))
+            for origin, target in zip(found, places, strict=True)
+        ]
+        if not all(draft.result.verified.is_equal for draft in drafts):
+            return [draft.result for draft in drafts]
+        made = []
+        for draft in drafts:
+            with _told_of_the_disk(draft.target):
+                made.append(replace(draft.result, path=_place(draft.path, draft.target)))
+        return made
+
+
+@contextmanager
+def _drafted(source: SavedAdapter, target: Path, order: Order) -> Iterator[Draft]:
+    """A file in a folder of its own beside its place; what was made for it and is empty afterwards goes again."""
+    adapter, rounding = prepared(replace(source, metadata=metadata_of(source, order.metadata)), order)
+    with ExitStack() as stack:
+        with _told_of_the_disk(target):
+            stack.enter_context(_with_parents(target))
+            folder = draft_of(target)
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            draft = _written(adapter, folder / target.name, target, order, rounding)
+        yield draft
+
+
+@contextmanager
+def _with_parents(target: Path) -> Iterator[None]:
+    missing = [folder for folder in target.parents if not folder.exists()]
     try:
-        return _written(adapter, target, order, rounding)
+        yield
+    finally:
+        for folder in missing:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+@contextmanager
+def _told_of_the_disk(target: Path) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:
         if not isinstance(error, OSError) and not is_disk_full(error):
             raise
-        raise ConfigError(f"--out: {target} cannot be written: {error}.") from error
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ConfigError(f"--out: {target} cannot be written: {why}.") from error
 
 
-def _written(adapter: SavedAdapter, target: Path, order: Order, rounding: Verified | None) -> Result:
-    folder = draft_of(target)
-    try:
-        path = plugins.find("format", order.to)().write(folder / target.name, adapter)
-        verified = check_export(path, order.to, adapter, order.tolerance)
-        weights = path / "adapter_model.safetensors" if path.is_dir() else path
-        header = read_header(weights)
-        if not verified.is_equal:
-            return Result(None, verified, adapter, rounding, len(header.tensors), header.size, ())
+def _written(adapter: SavedAdapter, place: Path, target: Path, order: Order, rounding: Verified | None) -> Draft:
+    path = plugins.find("format", order.to)().write(place, adapter)
+    verified = check_export(path, order.to, adapter, order.tolerance)
+    weights = path / PEFT_WEIGHTS if path.is_dir() else path
+    header = read_header(weights)
+    notes: tuple[str, ...] = ()
+    if verified.is_equal:
         if order.metadata != "none":
             stamp(weights, {RECEIPT: verified.receipt()})
         notes = tuple(notes_on(path, order.to, adapter))
-        return Result(_place(path, target), verified, adapter, rounding, len(header.tensors), header.size, notes)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    return Draft(path, target, Result(None, verified, adapter, rounding, len(header.tensors), header.size, notes))
 
 
 def metadata_of(adapter: SavedAdapter, kept: Kept) -> dict[str, str]:
@@ -238,6 +294,9 @@ def notes_on(path: Path, to: str, adapter: SavedAdapter) -> Iterator[str]:
     if to == "peft" and family == "causal-lm" and adapter.dora:
         yield "transformers' own load_adapter (5.23) leaves a DoRA's lengths out: load it by PEFT"
     if to not in ("comfyui", "musubi") or family not in VIDEO:
+        return
+    if adapter.kind != "lora":
+        yield "not for diffusers, which loads LoRA alone"
         return
     use = use_of("diffusers", path, family)
     if not use.ignored and not use.faults:

@@ -63,7 +63,8 @@ def begun(found: Description) -> str:
     _training(made)
     _times(made)
     _data(made)
-    notes = [f"Begun from {found.weights}, whose header is not Weft's: what is not below is as Weft does by default."]
+    whose = f"{found.weights}, whose header has no config of Weft's"
+    notes = [f"Begun from {whose}: what is not below is as Weft does by default."]
     lines = [*notes, *(f"  {note}" for note in made.notes), "weft plan run.yaml says what is left to be filled in."]
     return "".join(f"# {line}\n" for line in lines) + as_yaml(made.config)
 

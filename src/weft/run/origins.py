@@ -18,8 +18,9 @@ from weft.run.changes import changes_of, difference, norm
 from weft.run.config import load_config, parse_config
 
 CONFIG = "weft.config"
+# Facts of a file, and not of what was learned.
 OF_TIME = ("started", "saved", "ss_session_id", "ss_training_started_at", "ss_training_finished_at", "modelspec.date",
-           "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")  # fmt: skip  # that differ from file to file
+           "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "verified")  # fmt: skip
 IN_CONFIG = ("ss_", "modelspec.")  # beginnings of keys that say again, in other words, what a config of ours says
 
 

@@ -146,7 +146,11 @@ def _of_data(config: RunConfig, hash_then: str) -> Iterator[str]:
 
 
 def refuse_untrained(origin: Origin) -> None:
-    """Raises ModelError for an adapter that was put together from others, or whose header does not tell its making."""
+    """Raises ModelError for a config, a sum of adapters, and an adapter whose header does not tell its making."""
+    if origin.what == "config":
+        raise ModelError(
+            f"{origin.path} is a config, which is what weft reproduce finds. Train it: weft train {origin.path}"
+        )
     if "merged" in origin.facts:
         parents = [parent["adapter"] for parent in json.loads(origin.facts["merged"]).get("parents", [])]
         raise ModelError(
@@ -160,6 +164,8 @@ def refuse_untrained(origin: Origin) -> None:
 
 
 def refuse_overwriting(out: Path, overwrite: bool) -> None:
-    """Raises ConfigError for a file that is there."""
+    """Raises ConfigError for a file that is there, and for a folder."""
+    if out.is_dir():
+        raise ConfigError(f"--out: {out} is a folder. Name a file, such as {out / 'run.yaml'}.")
     if out.exists() and not overwrite:
         raise ConfigError(f"--out: {out} is there already. Choose another name, or say --overwrite.")

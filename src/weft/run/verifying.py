@@ -12,7 +12,7 @@ from weft.formats.adapter_file import ENDS, SavedAdapter
 from weft.formats.consumers import use_of
 from weft.formats.use import Delta, Use
 from weft.math.spectrum import gram, norm_of_product
-from weft.names.modules import family_of, modules
+from weft.names.modules import FAMILIES, family_of, modules
 from weft.run.changes import Change, change_of, difference
 
 TOLERANCE = 1e-6  # relative, of fp32 files: a product of two roundings to 24 bits is off by less than 2e-7
@@ -45,11 +45,12 @@ class Verified:
     @property
     def is_equal(self) -> bool:
         """Whether the program does with the file what the source did, within the tolerance."""
-        return not (self.alone or self.ignored or self.faults) and self.largest <= self.tolerance
+        beyond = not all(apart <= self.tolerance for apart in self.differences.values())  # NaN is beyond too
+        return not (self.alone or self.ignored or self.faults or beyond)
 
     def worst(self, count: int) -> list[tuple[str, float]]:
         """The layers that differ most and by more than the tolerance, worst first."""
-        beyond = [(path, apart) for path, apart in self.differences.items() if apart > self.tolerance]
+        beyond = [(path, apart) for path, apart in self.differences.items() if not apart <= self.tolerance]
         return sorted(beyond, key=lambda each: -each[1])[:count]
 
     def receipt(self) -> str:
@@ -59,7 +60,7 @@ class Verified:
 
 def check_export(path: Path, to: str, source: SavedAdapter, tolerance: float = TOLERANCE) -> Verified:
     """Compare what a program makes of a file with what its source changes. Raises ConfigError, ModelError."""
-    family = family_of(source.paths) or "causal-lm"
+    family = model_of(source)
     use = use_of(to, path, family)
     faults = (*use.faults, OTHER_DORA) if source.dora and use.lengths_of_base else use.faults
     differences: dict[str, float] = {}
@@ -75,6 +76,13 @@ def check_export(path: Path, to: str, source: SavedAdapter, tolerance: float = T
     missing = [layer for layer in source.paths if layer not in differences]
     alone += [layer for layer in missing if size(change_of(source, layer)) > 0]
     return Verified(to, differences, tolerance, tuple(alone), use.ignored, faults)
+
+
+def model_of(source: SavedAdapter) -> str:
+    """The family whose layers these are; of names that several have, the one that the header says, or the first."""
+    holding = [family for family in FAMILIES if all(path in modules(family).official for path in source.paths)]
+    said = source.metadata.get("weft.family")
+    return family_of(source.paths) or next((name for name in holding if name == said), (*holding, "causal-lm")[0])
 
 
 def compare(one: SavedAdapter, other: SavedAdapter, tolerance: float = TOLERANCE) -> Verified:
