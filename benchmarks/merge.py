@@ -1,10 +1,12 @@
 """Time and memory of merging adapters into a base of the widths of Wan 14B, whatever its number of blocks.
 
     python benchmarks/merge.py --blocks 1 4 --rounds 3 --json benchmarks/results/merge-cpu.json
+    python benchmarks/merge.py --blocks 40 --rounds 1 --holes --json benchmarks/results/merge-14b-cpu.json
 
 The base is one file in bf16 with random numbers; the adapters are LoRAs of rank 32 on attention and ffn. Each merge is
 the command `weft merge` in a forked process of one thread, into which Python and the libraries come loaded: what they
-take is told beside the peak. Disk: twice the base, with --dtype fp32 three times.
+take is told beside the peak. Disk: twice the base, with --dtype fp32 three times. With --holes the base is all zeros
+that take no room on the disk, one LoRA alone is merged, and what is written is as large as ever.
 """
 
 import argparse
@@ -62,8 +64,8 @@ def network_of(blocks: int, sizes: dict[str, Any]) -> nn.Module:
         return WanTransformer3DModel(num_layers=blocks, **sizes)
 
 
-def write_base(path: Path, network: nn.Module) -> int:
-    """A file of random numbers of about 0.02, written tensor by tensor; returns its bytes."""
+def write_base(path: Path, network: nn.Module, holes: bool) -> int:
+    """A file of random numbers of about 0.02, written tensor by tensor, or of holes; returns its bytes."""
     header, start, chance = {}, 0, torch.Generator().manual_seed(0)
     shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
     for name, shape in shapes.items():
@@ -74,6 +76,9 @@ def write_base(path: Path, network: nn.Module) -> int:
     some = (0.02 * torch.randn(1 << 24, generator=chance)).bfloat16().view(torch.uint8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
+        if holes:
+            file.truncate(8 + len(text) + start)
+            return 8 + len(text) + start
         for shape in shapes.values():
             left = 2 * shape.numel()
             while left:
@@ -131,9 +136,9 @@ def round_of(root: Path, case: Case, adapters: Sequence[Path]) -> dict[str, floa
     return found
 
 
-def record_of(root: Path, case: Case, blocks: int, sizes: dict[str, Any], rounds: int) -> dict[str, Any]:
+def record_of(root: Path, case: Case, blocks: int, sizes: dict[str, Any], rounds: int, holes: bool) -> dict[str, Any]:
     network = network_of(blocks, sizes)
-    base_bytes = write_base(root / "base.safetensors", network)
+    base_bytes = write_base(root / "base.safetensors", network, holes)
     adapters = [write_adapter(root / f"a{n}", network, n, case.dora) for n in range(case.adapters)]
     found = [round_of(root, case, adapters) for _ in range(rounds)]
     held = sum(path.stat().st_size for each in adapters for path in each.glob("*.safetensors"))
@@ -156,6 +161,7 @@ def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--holes", action="store_true", help="a base without numbers, for whole models")
     parser.add_argument("--folder", type=Path, help="where files are written and deleted (default: the system's)")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -163,9 +169,9 @@ def run() -> None:
     root = Path(tempfile.mkdtemp(dir=arguments.folder))
     try:
         plans = [(CASES[0], blocks) for blocks in arguments.blocks]
-        plans += [(case, min(arguments.blocks)) for case in CASES[1:]]
+        plans += [(case, min(arguments.blocks)) for case in CASES[1:] if not arguments.holes]
         for case, blocks in plans:
-            one = record_of(root, case, blocks, WIDE, arguments.rounds)
+            one = record_of(root, case, blocks, WIDE, arguments.rounds, arguments.holes)
             records.append(one)
             print(
                 f"{case.name}, {blocks} blocks: {one['base_gb']:.2f} GB in {one['seconds']:.1f} s "

@@ -156,6 +156,20 @@ def test_nothing_is_overwritten_unless_told(source, capsys):
         assert main(["export", str(source), "--to", to, "--overwrite"]) == 0
 
 
+def test_a_folder_with_more_than_an_adapter_is_never_replaced(source, capsys):
+    folder = source.parent / "models"
+    folder.mkdir()
+    assert main(["export", str(source), "--to", "peft", "--out", str(folder)]) == 0  # empty until now
+    assert main(["export", str(source), "--to", "peft", "--out", str(folder), "--overwrite"]) == 0
+    (folder / "wan.safetensors").touch()
+    assert main(["export", str(source), "--to", "peft", "--out", str(folder), "--overwrite"]) == 2
+    assert "models is a folder with wan.safetensors in it, and is not replaced" in capsys.readouterr().err
+    assert (folder / "wan.safetensors").exists()
+    (source.parent / "file").touch()
+    assert main(["export", str(source), "--to", "peft", "--out", str(source.parent / "file"), "--overwrite"]) == 2
+    assert "is no adapter of this format" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("to", FORMATS)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_rounding_is_measured_and_no_difference_beyond_it_is_let_through(to, dtype, adapter, source, capsys):

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from tests.dashboard import folders
 from tests.dashboard.folders import HOSTILE
 from weft.dashboard.report import Contents, outcome, write_report
+from weft.dashboard.report_origin import adapters_of
 from weft.dashboard.report_parts import Privacy, duration, number
 from weft.dashboard.store import Store
 
@@ -184,3 +185,11 @@ def test_finished_adapters_tell_their_fingerprints_their_data_and_how_they_are_l
     assert "48 clips" in page and "a1b2c3" in page and "d4e5f6" in page
     assert "pipe.load_lora_weights('experts/adapter_high', " in page
     assert "adapter_name='low', load_into_transformer_2=True)" in page
+
+
+def test_adapters_in_other_programs_formats_alone_are_told_of_and_exports_beside_them_are_none(tmp_path: Path):
+    for folder, file in (("adapter", "lora_musubi"), ("adapter-peft", "adapter_model")):
+        (tmp_path / folder).mkdir()
+        save_file({"x": numpy.zeros(1)}, tmp_path / folder / f"{file}.safetensors", {"weft.base": "ab12"})
+    (found,) = adapters_of(tmp_path)
+    assert found.folder.name == "adapter" and found.metadata["weft.base"] == "ab12"

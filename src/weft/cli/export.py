@@ -30,7 +30,9 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
 
 def add_options(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
     """What export and convert --to have alike, besides --out and --dtype."""
-    parser.add_argument("--expert", choices=("high", "low"), help="of a run with two; or what a file does not say")
+    parser.add_argument(
+        "--expert", choices=("high", "low"), help="of a run or file for both; or what a file does not say"
+    )
     parser.add_argument("--step", type=int, help="of a run: the adapter of this step, not the finished one")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     parser.add_argument(

@@ -12,6 +12,7 @@ from weft.few_steps import StepList
 from weft.formats.header import read_header
 
 PEFT_FILE, DIFFUSERS_FILE = "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
+OTHER_FILES = tuple(f"lora_{program}.safetensors" for program in ("comfyui", "musubi", "videox_fun", "original"))
 Run = Mapping[str, Any]
 
 
@@ -34,14 +35,17 @@ class Adapter:
 
 def adapters_of(run: Path) -> list[Adapter]:
     """The finished adapters, of two experts two; before the end those of the newest step."""
-    folders = sorted(path for path in run.glob("adapter*") if path.is_dir())
+    finished = (path for path in run.glob("adapter*") if path.is_dir())
+    folders = sorted(path for path in finished if "-" not in path.name)  # adapter-peft is an export of one
     if not folders:
         steps = [path for path in run.glob("global_step_*") if path.name.split("_")[2].isdecimal()]
         newest = max((int(path.name.split("_")[2]) for path in steps), default=None)
         folders = sorted(path for path in steps if int(path.name.split("_")[2]) == newest)
     found = []
     for folder in folders:
-        file = next((folder / name for name in (PEFT_FILE, DIFFUSERS_FILE) if (folder / name).is_file()), None)
+        file = next(
+            (folder / name for name in (PEFT_FILE, DIFFUSERS_FILE, *OTHER_FILES) if (folder / name).is_file()), None
+        )
         if file is not None:
             try:
                 found.append(Adapter(folder, read_header(file).metadata))
@@ -91,6 +95,8 @@ def use(run: Run, config: Run, adapters: Sequence[Adapter]) -> Iterator[str]:
         yield code(_peft(source, f"{folder}/{adapters[0].folder.name}"), "With PEFT")
     elif all(adapter.has(DIFFUSERS_FILE) for adapter in adapters):
         yield code(_diffusers(source, [f"{folder}/{adapter.folder.name}" for adapter in adapters]), "With diffusers")
+    if run["medium"] != "text":
+        yield code(f"weft export {shlex.quote(str(folder))} --to comfyui", "Elsewhere: or musubi, videox-fun, original")
 
 
 def _few(text: str) -> str:

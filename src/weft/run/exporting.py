@@ -22,7 +22,7 @@ from weft.formats.casting import cast
 from weft.formats.consumers import CONSUMERS, VIDEO, use_of
 from weft.formats.header import read_header
 from weft.formats.reading import experts_in, read_adapter
-from weft.formats.sniff import PEFT_CONFIG, PEFT_WEIGHTS
+from weft.formats.sniff import PEFT_CONFIG, PEFT_PICKLE, PEFT_WEIGHTS
 from weft.names.modules import family_of
 from weft.run.assemble import adapter_folder
 from weft.run.folder import is_disk_full
@@ -32,6 +32,7 @@ Kept = Literal["full", "short", "none"]
 EXPERTS = (DEFAULT.name, "high", "low")
 PRECISIONS: Mapping[torch.dtype, str] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 OTHER_FILES = (".bin", ".ckpt", ".gguf", ".json", ".pt", ".pth", ".sft", ".yaml")  # of names that are meant for files
+OF_PEFT = {PEFT_CONFIG, PEFT_WEIGHTS, PEFT_PICKLE, "README.md"}  # what may lie in a folder that is replaced
 RECEIPT = "weft.verified"
 # What a short header keeps: what is needed to apply the adapter, and to know what it fits; no paths, no prompts.
 SHORT = ("weft.version", "weft.family", "weft.base", "weft.expert", "weft.times", "weft.step", STEP_LIST)
@@ -135,9 +136,21 @@ def targets(found: Sequence[Origin], order: Order) -> list[Path]:
         else:
             target = _named(order.out, expert if len(found) > 1 else "", usual)
         placed.append(target)
-        if target.exists() and not order.overwrite:
-            raise ConfigError(f"--out: {target} is there already. Choose another name, or add --overwrite.")
+        refuse_to_replace(target, order.overwrite, usual is None)
     return placed
+
+
+def refuse_to_replace(target: Path, overwrite: bool, is_folder: bool) -> None:
+    """Raise ConfigError where something is already; of a folder also when told to replace it, if it holds more than an
+    adapter, for all of it would go."""
+    inside = {path.name for path in target.iterdir()} if target.is_dir() else set()
+    if not target.exists() or (is_folder and target.is_dir() and not inside):
+        return
+    if not overwrite:
+        raise ConfigError(f"--out: {target} is there already. Choose another name, or add --overwrite.")
+    if target.is_dir() != is_folder or inside - OF_PEFT:
+        what = f"a folder with {min(inside - OF_PEFT)} in it" if inside - OF_PEFT else "no adapter of this format"
+        raise ConfigError(f"--out: {target} is {what}, and is not replaced. Choose another name.")
 
 
 def _named(out: Path, expert: str, usual: str | None) -> Path:
