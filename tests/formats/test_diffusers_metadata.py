@@ -1,6 +1,7 @@
 """The header that diffusers reads: ranks and alphas that differ among layers mean here what they mean there."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -38,5 +39,5 @@ def test_patterns_of_ranks_and_alphas_are_read_as_diffusers_loads_them(header, t
     pipeline = WanPipeline(nothing, nothing, nothing, FlowMatchEulerDiscreteScheduler(), transformer=network)  # type: ignore[arg-type]
     pipeline.load_lora_weights(tmp_path / "a.safetensors", adapter_name="a")
     for path in adapter.paths:
-        layer = network.get_submodule(path)
+        layer: Any = network.get_submodule(path)
         torch.testing.assert_close(change_of(read, path).delta(), layer.get_delta_weight("a"), rtol=1e-5, atol=1e-6)

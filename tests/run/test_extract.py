@@ -341,6 +341,8 @@ def test_what_is_there_stays_unless_it_may_be_replaced(files, tmp_path, capsys):
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     assert main(["extract", *files, "--out", str(tmp_path / "mine"), "--overwrite"]) == 2
     assert (tmp_path / "mine" / "letter.txt").exists()
+    (tmp_path / "mine" / "letter.txt").rename(tmp_path / "adapter" / "letter.txt")
+    assert main(["extract", *files, *out, "--overwrite"]) == 2 and "such as letter.txt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -218,6 +218,17 @@ def test_a_place_that_is_taken_or_of_another_kind_is_refused(out, words, wan, ne
         merged([adapter], wan, tmp_path / out)
 
 
+def test_a_folder_is_replaced_only_where_it_holds_nothing_but_such_a_model(wan, network, tmp_path):
+    adapter = PeftFolder().write(tmp_path / "a", lora(network, ("blocks.0.attn1.to_q",), 3, 2.0, seed=1))
+    plan, out = planned(Asked([adapter], wan)), tmp_path / "out"
+    write(plan, out, lambda count: None)
+    write(plan, out, lambda count: None, overwrite=True)
+    (out / "letter.txt").write_text("dear")
+    with pytest.raises(ConfigError, match=r"what the base has not, such as letter\.txt"):
+        write(plan, out, lambda count: None, overwrite=True)
+    assert (out / "letter.txt").exists()
+
+
 def test_an_interrupted_merge_and_a_full_disk_leave_nothing(wan, network, tmp_path, monkeypatch):
     adapter = PeftFolder().write(tmp_path / "a", lora(network, ("blocks.0.attn1.to_q",), 3, 2.0, seed=1))
     plan, written = planned(Asked([adapter], wan)), []

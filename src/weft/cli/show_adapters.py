@@ -81,7 +81,9 @@ def adapter_facts(path: Path) -> Facts:
     shared = dict.fromkeys(key for key in both["high noise"] if both["high noise"][key] == both["low noise"].get(key))
     facts = {key: both["high noise"][key] for key in shared}
     own = {name: {key: value for key, value in each.items() if key not in shared} for name, each in both.items()}
-    return {**facts, "what": f"{facts.get('what', 'an adapter')}, for both experts", **own}
+    # Of the programs none takes both from one file.
+    alone = {"loaded as it is": ["Weft"]} if "loaded as it is" in facts else {}
+    return {**facts, "what": f"{facts.get('what', 'an adapter')}, for both experts", **alone, **own}
 
 
 def _facts(found: Description, path: Path) -> Facts:

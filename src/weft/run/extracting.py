@@ -16,6 +16,7 @@ from weft.errors import ConfigError, ModelError
 from weft.families.hunyuan_video import aliases_of
 from weft.formats.adapter_file import SavedAdapter
 from weft.run.base_weights import BaseWeights, open_weights
+from weft.run.exporting import OF_PEFT
 from weft.run.extract import Extraction, Rule, extract
 from weft.run.folder import environment
 
@@ -111,8 +112,13 @@ def check_place(out: Path, formats: Sequence[str], overwrite: bool) -> None:
     taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
     if taken and not overwrite:
         raise ConfigError(f"--out: {out} is there already. Name another place, or write --overwrite.")
-    if taken and out.is_dir() and not (out / "adapter_config.json").exists() and not any(out.glob("*.safetensors")):
-        raise ConfigError(f"--out: {out} is a folder that holds something else than an adapter. Name another place.")
+    written = {plugins.find("format", name)().file for name in plugins.table("format")} | OF_PEFT
+    others = {path.name for path in out.iterdir()} - written if out.is_dir() else set()
+    if others:
+        raise ConfigError(
+            f"--out: {out} holds more than an adapter, such as {min(others)}, and all of it would go. "
+            "Name another place."
+        )
 
 
 def write_extracted(out: Path, adapter: SavedAdapter, formats: Sequence[str]) -> None:

@@ -181,6 +181,13 @@ def _check_out(base: Path, out: Path, overwrite: bool) -> None:
     there = out.exists() and (out.is_file() or any(out.iterdir()))
     if there and not overwrite:
         raise ConfigError(f"--out: {out} is there already. Name another, or add --overwrite.")
+    ours = {path.relative_to(base) for path in walked(base)} if base.is_dir() else set()
+    others = {path.relative_to(out) for path in walked(out)} - ours if out.is_dir() else set()
+    if others:
+        raise ConfigError(
+            f"--out: {out} holds what the base has not, such as {min(others)}, and all of it would go. "
+            "Name another place."
+        )
 
 
 def _check_room(out: Path, needed: int) -> None:
