@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.families import networks
@@ -116,6 +116,18 @@ def test_a_run_on_both_experts_goes_into_both_networks(experts, both, tmp_path):
     assert changed_parts(experts, tmp_path / "out") == ["high", "low"]
     merged([both], experts, tmp_path / "one", expert="low")
     assert changed_parts(experts, tmp_path / "one") == ["low"]
+
+
+def test_of_a_file_for_both_experts_each_goes_into_its_network(experts, network, tmp_path):
+    plain = lora(network, ("blocks.0.attn1.to_q",), 3, 2.0, seed=1).tensors
+    save_file(
+        {f"transformer{n}.{key}": tensor.clone() for n in ("", "_2") for key, tensor in plain.items()},
+        tmp_path / "a.safetensors",
+    )
+    merged([tmp_path / "a.safetensors"], experts, tmp_path / "out")
+    assert changed_parts(experts, tmp_path / "out") == ["high", "low"]
+    merged([tmp_path / "a.safetensors"], experts, tmp_path / "one", expert="high")
+    assert changed_parts(experts, tmp_path / "one") == ["high"]
 
 
 def test_an_adapters_expert_is_told_by_its_header_by_its_name_or_by_the_user(experts, both, network, tmp_path):

@@ -13,7 +13,7 @@ from weft.families.sniff import names_expert
 from weft.families.text_weights import JoinedSource
 from weft.families.weights import Source
 from weft.formats.adapter_file import STEP_LIST
-from weft.formats.reading import read_adapter
+from weft.formats.reading import experts_in, read_adapter
 from weft.formats.sniff import sniff
 from weft.run.apply import Found, by_expert, refuse_twice
 from weft.run.base_weights import BaseWeights, open_weights
@@ -111,7 +111,8 @@ def planned(asked: Asked) -> Merge:
 
 
 def _adapters(asked: Asked) -> list[Found]:
-    """Those at the paths; of a run's folder those of all its experts, or of the one that is asked for."""
+    """Those at the paths; of a run's folder, or a file for both, those of all experts, or of the one that is asked
+    for."""
     weights = list(asked.weights) or [1.0] * len(asked.adapters)
     if len(weights) != len(asked.adapters):
         raise ConfigError(
@@ -119,7 +120,8 @@ def _adapters(asked: Asked) -> list[Found]:
         )
     found = []
     for path, weight in zip(asked.adapters, weights, strict=True):
-        own = [_found(folder, weight, asked.expert) for folder in folders_of(path)]
+        inside = [(folder, expert) for folder in folders_of(path) for expert in experts_in(folder) or (None,)]
+        own = [_found(folder, weight, asked.expert, expert) for folder, expert in inside]
         found += [one for one in own if len(own) == 1 or asked.expert in (None, one.expert)]
     for one in found:
         if asked.expert is not None and one.expert != asked.expert:
@@ -127,9 +129,9 @@ def _adapters(asked: Asked) -> list[Found]:
     return found
 
 
-def _found(path: Path, weight: float, expert: str | None) -> Found:
-    """An adapter and its expert, as its header, the option or else its name says."""
-    adapter = read_adapter(path)
+def _found(path: Path, weight: float, expert: str | None, inside: str | None) -> Found:
+    """An adapter and its expert, as its header, the option or else its name says. inside: which of a file for both."""
+    adapter = read_adapter(path, inside)
     told = adapter.metadata.get("weft.expert")
     named = [each for each in EXPERTS if names_expert(path.name, each)]
     by_name = named[0] if len(named) == 1 else DEFAULT.name
