@@ -202,6 +202,7 @@ def test_a_short_header_has_what_applying_needs_and_no_paths(to, kept, told, ada
     assert ("weft.config" in header) == (kept == "full")
     assert (header.get("weft.expert"), header.get("weft.base")) == (("low", "ab12") if kept != "none" else (None, None))
     assert ("weft.verified" in header) == (kept != "none")
+    assert kept != "none" or set(header) <= {"format", "lora_adapter_metadata"}
     if kept != "full":
         texts = [*header.values(), *(p.read_text() for p in path.glob("*.json"))] if path.is_dir() else header.values()
         assert not any("/home/me" in text or "secret" in text for text in texts)

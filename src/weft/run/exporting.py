@@ -4,7 +4,7 @@ and given its name only when it does there what it did here."""
 import json
 import shutil
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from weft.formats.casting import cast
 from weft.formats.consumers import CONSUMERS, VIDEO, use_of
 from weft.formats.header import read_header
 from weft.formats.reading import experts_in, read_adapter
-from weft.formats.sniff import PEFT_CONFIG, PEFT_PICKLE, PEFT_WEIGHTS
+from weft.formats.sniff import DIFFUSERS_METADATA, PEFT_CONFIG, PEFT_PICKLE, PEFT_WEIGHTS
 from weft.names.modules import family_of
 from weft.run.assemble import adapter_folder
 from weft.run.folder import is_disk_full
@@ -32,6 +32,7 @@ Kept = Literal["full", "short", "none"]
 EXPERTS = (DEFAULT.name, "high", "low")
 PRECISIONS: Mapping[torch.dtype, str] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 OTHER_FILES = (".bin", ".ckpt", ".gguf", ".json", ".pt", ".pth", ".sft", ".yaml")  # of names that are meant for files
+OF_FORMATS = {"format", DIFFUSERS_METADATA}  # header keys without which other programs cannot read a file
 OF_PEFT = {PEFT_CONFIG, PEFT_WEIGHTS, PEFT_PICKLE, "README.md"}  # what may lie in a folder that is replaced
 RECEIPT = "weft.verified"
 # What a short header keeps: what is needed to apply the adapter, and to know what it fits; no paths, no prompts.
@@ -233,8 +234,10 @@ def _told_of_the_disk(target: Path) -> Iterator[None]:
 
 def _written(adapter: SavedAdapter, place: Path, target: Path, order: Order, rounding: Verified | None) -> Draft:
     path = plugins.find("format", order.to)().write(place, adapter)
-    verified = check_export(path, order.to, adapter, order.tolerance)
     weights = path / PEFT_WEIGHTS if path.is_dir() else path
+    if order.metadata == "none":
+        stamp(weights, {}, keep=OF_FORMATS)
+    verified = check_export(path, order.to, adapter, order.tolerance)
     header = read_header(weights)
     notes: tuple[str, ...] = ()
     if verified.is_equal:
@@ -274,13 +277,15 @@ def stored_precision(adapter: SavedAdapter) -> str | None:
     return PRECISIONS.get(found.pop()) if len(found) == 1 else None
 
 
-def stamp(file: Path, facts: Mapping[str, str]) -> None:
-    """Add to a safetensors file's metadata; its tensors are copied as they lie there."""
+def stamp(file: Path, facts: Mapping[str, str], keep: Collection[str] | None = None) -> None:
+    """Add to a safetensors file's metadata, or of what is there keep some keys alone; its tensors are copied as they
+    lie there."""
     draft = file.with_name(f"{HALF_WRITTEN}stamped-{file.name}")
     with file.open("rb") as old, draft.open("wb") as new:
         (length,) = struct.unpack("<Q", old.read(8))
         entries = json.loads(old.read(length))
-        entries["__metadata__"] = {**entries.get("__metadata__", {}), **facts}
+        told = entries.get("__metadata__", {})
+        entries["__metadata__"] = {**{key: told[key] for key in told if keep is None or key in keep}, **facts}
         text = json.dumps(entries).encode()
         text += b" " * (-len(text) % 8)
         new.write(struct.pack("<Q", len(text)) + text)
