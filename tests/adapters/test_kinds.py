@@ -194,7 +194,7 @@ def test_a_folder_is_described_from_its_header(recipe, tiny_wan, attach, tmp_pat
 def test_the_diffusers_format_refuses_other_kinds_by_name(kind, tiny_wan, attach, tmp_path):
     recipe = KINDS[kind]
     assert "diffusers" not in recipe.formats
-    with pytest.raises(ModelError, match=f"holds LoRA alone, and this adapter is of kind {kind}"):
+    with pytest.raises(ModelError, match=rf"(?i)holds LoRA alone, and this adapter's kind is {kind}; write --to peft"):
         DiffusersFile().write(tmp_path, saved(recipe, attach(recipe, tiny_wan())))
     assert not list(tmp_path.iterdir())
 

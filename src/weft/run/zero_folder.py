@@ -23,6 +23,7 @@ from weft.errors import ModelError
 
 RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
 Reader = Callable[[], Tensor]
+OF_ENUMS = "builtins.getattr"  # by which Python before 3.11.4 pickles members of an enum
 
 
 class Inert:
@@ -135,9 +136,9 @@ def loaded(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ModelError(f"{path} is missing.")
     foreign = get_unsafe_globals_in_checkpoint(path)
-    odd = [name for name in foreign if not name.startswith("deepspeed.")]
+    odd = [name for name in foreign if not name.startswith("deepspeed.") and name != OF_ENUMS]
     if odd:
         raise ModelError(f"{path} holds objects of {', '.join(sorted(odd))}; it is not read, for they could run code.")
-    # Not DeepSpeed's classes themselves, which need not be installed; nothing of them is used.
+    # Not DeepSpeed's classes themselves, which need not be installed, nor getattr: nothing of them is used.
     with safe_globals([(Inert, name) for name in foreign]):
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
