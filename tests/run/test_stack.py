@@ -220,7 +220,7 @@ def test_students_of_other_steps_are_refused_together(adapters, tmp_path):
         ):
             refused()
     damaged = PeftFolder().write(tmp_path / "damaged", replace(adapters[0], metadata={STEP_LIST: "[1]"}))
-    with pytest.raises(ModelError, match="damaged: 'weft.step_list' in its header is damaged"):
+    with pytest.raises(ModelError, match=r"damaged: 'weft\.step_list' in its header is damaged"):
         choose([damaged], "tiny-wan")
 
 
