@@ -5,6 +5,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,10 @@ def test_a_wandb_run_without_a_network_is_kept_whole_and_keeps_its_name(plain, t
     name = known_as(folder, "wandb")
     assert json.loads((folder / "trackers.json").read_text()) == {"wandb": name}
     (file,) = (folder / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb")
+    deadline = time.monotonic() + 30
+    while not any(record.HasField("exit") for record in wandb_records(file)):
+        assert time.monotonic() < deadline, "wandb's own process has not written the end of the run"
+        time.sleep(0.1)
     records = list(wandb_records(file))
     history = [{item.nested_key[0] if item.nested_key else item.key: json.loads(item.value_json)
                 for item in record.history.item} for record in records if record.HasField("history")]  # fmt: skip
