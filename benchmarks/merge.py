@@ -1,7 +1,7 @@
 """Time and memory of merging adapters into a base of the widths of Wan 14B, whatever its number of blocks.
 
     python benchmarks/merge.py --blocks 1 4 --rounds 3 --json benchmarks/results/merge-cpu.json
-    python benchmarks/merge.py --blocks 40 --rounds 1 --holes --json benchmarks/results/merge-14b-cpu.json
+    python benchmarks/merge.py --blocks 40 --rounds 1 --holes
 
 The base is one file in bf16 with random numbers; the adapters are LoRAs of rank 32 on attention and ffn. Each merge is
 the command `weft merge` in a forked process of one thread, into which Python and the libraries come loaded: what they
