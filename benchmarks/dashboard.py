@@ -43,7 +43,8 @@ from weft.config.source import read_text
 from weft.data.buckets import Bucket
 from weft.events import PhaseStarted, RunStarted, tell_all
 from weft.run.assemble import assemble
-from weft.run.bench import Nothing, RandomItems, processor, random_items
+from weft.run.bench import Nothing, RandomItems, random_items
+from weft.run.bench_machine import processor
 from weft.run.config import RunConfig, parse_config
 from weft.run.control import Control
 from weft.run.folder import claim

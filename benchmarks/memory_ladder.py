@@ -64,7 +64,7 @@ def rungs(blocks: int) -> dict[str, list[str]]:
         "int8 in their place": [*EIGHT, "family.dtype=int8"],
         "nf4 in their place": [*EIGHT, "family.dtype=nf4"],
         f"fp8, + stream {blocks // 2} blocks": [*FP8, f"engine.stream_blocks={blocks // 2}"],
-        f"fp8, + stream {blocks - 1} blocks": [*FP8, f"engine.stream_blocks={blocks - 1}"],
+        f"fp8, + stream all {blocks} blocks": [*FP8, f"engine.stream_blocks={blocks}"],
     }
 
 
@@ -292,8 +292,8 @@ def main() -> None:
         for name, overrides in rungs(MODELS[arguments.model][0]).items():
             found[name] = in_fresh_process(arguments, folder, overrides)
             print(name, found[name], file=sys.stderr)
-    facts = {"model": arguments.model, "size": arguments.size, "precision": arguments.precision, "batch": 1,
-             "rank": 32, "threads": arguments.threads, **machine(arguments.device)}  # fmt: skip
+    facts = {"model": arguments.model, "size": arguments.size, "precision": arguments.precision, "batch": 1, "rank": 32,
+             "steps": arguments.steps, "threads": arguments.threads, **machine(arguments.device)}  # fmt: skip
     print(table(found))
     if arguments.json:
         arguments.json.write_text(json.dumps({"facts": facts, "rungs": found}, indent=2) + "\n")

@@ -29,18 +29,21 @@ from weft.engines.single_device import SingleEngine
 from weft.events import tell_all
 from weft.families.loading import model_folder
 from weft.run.assemble import assemble
-from weft.run.bench import Nothing, RandomItems, processor, random_items
+from weft.run.bench import Nothing, RandomItems, random_items
+from weft.run.bench_machine import processor
 from weft.run.config import RunConfig, parse_config
 from weft.run.listeners import EventLog, Terminal
 from weft.run.train import Course, train
 
 TARGETS = r"blocks\.\d+\.(attn[12]\.(to_q|to_k|to_v|to_out\.0)|ffn\.net\.(0\.proj|2))"
 SHIFT = 5.0
+PLAIN = ("adapter.fused=false", "family.lean=false")
+PLAIN_LAYERS = "plain layers"  # the bare loop's own, so that the loops alone are compared
 
 
-def config_of(backend: str, batch: int) -> RunConfig:
+def config_of(backend: str, batch: int, *more: str) -> RunConfig:
     overrides = [f"adapter.backend={backend}", f"data.batch_size={batch}", "optimizer.lr=1e-4", "engine.device=cpu"]
-    return parse_config(read_text(SMOKE, "overhead", [*overrides, "schedule.steps=100000"]))
+    return parse_config(read_text(SMOKE, "overhead", [*overrides, *more, "schedule.steps=100000"]))
 
 
 def stream_of(config: RunConfig) -> RandomItems:
@@ -48,13 +51,14 @@ def stream_of(config: RunConfig) -> RandomItems:
     return RandomItems(random_items(config, shape), last_step=0)
 
 
-def weft_loop(backend: str, batch: int, folder: Path) -> Callable[[int], None]:
-    """The loop of `weft train` with the log and the terminal that a user has."""
-    config = config_of(backend, batch)
+def weft_loop(backend: str, batch: int, folder: Path, *more: str) -> Callable[[int], None]:
+    """The loop of `weft train` with the log and the terminal that a user has. more: overrides of the config."""
+    config = config_of(backend, batch, *more)
     learner = assemble(config, SingleEngine.open("cpu", "fp32"))
     stream = stream_of(config)
-    quiet = Console(file=(folder / f"{backend}.txt").open("w"))
-    tell = tell_all(EventLog(folder / f"{backend}.jsonl"), Terminal(quiet))
+    number = len(list(folder.iterdir()))
+    quiet = Console(file=(folder / f"{number}.txt").open("w"))
+    tell = tell_all(EventLog(folder / f"{number}.jsonl"), Terminal(quiet))
     course = Course(config.schedule, Nothing(), tell)
 
     def run(steps: int) -> None:
@@ -129,6 +133,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         loops = {"bare diffusers + PEFT": bare_loop(arguments.batch)}
         for backend in ("peft", "native"):
+            loops[f"weft, {backend}, {PLAIN_LAYERS}"] = weft_loop(backend, arguments.batch, Path(folder), *PLAIN)
             loops[f"weft, {backend}"] = weft_loop(backend, arguments.batch, Path(folder))
         seconds = measure(loops, arguments.rounds, arguments.steps)
     result: dict[str, Any] = {
@@ -144,7 +149,7 @@ def main() -> None:
     print(f"{result['case']}, {result['processor']}, one thread, processor time")
     for name, row in result["loops"].items():
         print(
-            f"  {name:<24} {1000 * row['step_seconds']:8.1f} ms/step   x{row['ratio']:.3f}  "
+            f"  {name:<28} {1000 * row['step_seconds']:8.1f} ms/step   x{row['ratio']:.3f}  "
             f"({row['ratio_p25']:.3f} to {row['ratio_p75']:.3f})"
         )
     if arguments.json:

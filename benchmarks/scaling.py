@@ -67,6 +67,9 @@ class Rows:
 class Nothing:
     """Between the steps nothing happens."""
 
+    def is_due(self, learner: Any) -> bool:
+        return False
+
     def after_step(self, learner: Any) -> None: ...
     def after_experience(self, learner: Any) -> None: ...
     def skipped(self, learner: Any, phase: Any, outcome: Any) -> None:

@@ -2,7 +2,6 @@
 
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -83,10 +82,11 @@ def test_the_readmes_three_mistakes_are_answered_as_it_says(tmp_path, monkeypatc
     assert capsys.readouterr().err == answer
 
 
-def test_the_example_without_the_loop_learns(tmp_path):
-    script = [sys.executable, str(ROOT / "examples" / "by_hand" / "train.py"), "--steps", "6", "--out", str(tmp_path)]
-    done = subprocess.run(script, capture_output=True, text=True, check=True)
-    before, after = re.findall(r"validation loss ([\d.]+) -> ([\d.]+)", done.stdout)[0]
+def test_the_example_without_the_loop_learns(tmp_path, monkeypatch, capsys):
+    script = str(ROOT / "examples" / "by_hand" / "train.py")
+    monkeypatch.setattr(sys, "argv", [script, "--steps", "6", "--out", str(tmp_path)])
+    runpy.run_path(script, run_name="__main__")
+    before, after = re.findall(r"validation loss ([\d.]+) -> ([\d.]+)", capsys.readouterr().out)[0]
     assert float(after) < float(before)
     assert main(["show", str(tmp_path)]) == 0
 

@@ -9,7 +9,7 @@ A role is a named adapter on one shared frozen base; the name None is the base i
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -20,6 +20,7 @@ from weft.few_steps import StepList
 from weft.models import (  # noqa: F401  # all nouns are found here; a model's own stand in a file for themselves
     DEFAULT,
     Berth,
+    EncoderFamily,
     Encoders,
     Expert,
     ModelFamily,
@@ -28,83 +29,13 @@ from weft.models import (  # noqa: F401  # all nouns are found here; a model's o
     SequenceGroup,
     TextFamily,
     VideoFamily,
+    as_encoder,
     as_text,
     as_video,
     at_once,
     stay,
 )
-
-# ---- What travels -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Tensors of B items under their names, and the key of each item (for incidents and data-order tests)."""
-
-    tensors: Mapping[str, Tensor]
-    keys: tuple[str, ...]
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-
-@dataclass(frozen=True)
-class Denoise:
-    """One question to a denoiser. x: (B, C, F, H, W). t: (B,) in [0, 1], fp32. cond: what the family asks for.
-
-    given: (B, F) bool, latent frames that are known: there x holds their data, and their own time is 0. expert: which
-    network is asked, where a model has several.
-    """
-
-    x: Tensor
-    t: Tensor
-    cond: Mapping[str, Tensor]
-    given: Tensor | None = None
-    expert: str | None = None
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """One question to a language model. ids, positions and labels: (B, L) int64.
-
-    positions: place of each token in its own conversation. A 0 begins one, so that conversations packed into a row
-    never see each other; padding at a row's end is one too. labels: the token that must come next at each place,
-    already shifted; UNLEARNED where nothing is learned.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    labels: Tensor
-
-
-UNLEARNED = -100  # as torch's and transformers' losses have it
-
-
-@dataclass(frozen=True)
-class Loss:
-    """total: the loss SUMMED over items. metrics: further sums over items, by name; the loop divides by the count."""
-
-    total: Tensor
-    metrics: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass
-class Rng:
-    """The chance of one micro-batch, seeded anew for its place in the run: a resumed run draws the same, and so does
-    one on another number of processes.
-
-    own: of the micro-batch, whichever rank has it (noise). shared: equal on all ranks that are at work at the same
-    time; anything that alters which network calls are made must come from it, or sharded engines wait for ever.
-    draw: number of this micro-batch among its phase's, counted over all ranks since the run began, so that stratified
-    draws go on across steps. done: steps that the phase has had before; equal on all ranks and in all micro-batches.
-    """
-
-    own: torch.Generator
-    shared: torch.Generator
-    seed: int
-    draw: int
-    done: int = 0
-
+from weft.travels import UNLEARNED, Batch, Denoise, Documents, Loss, Rng, Tokens  # noqa: F401
 
 # ---- Model --------------------------------------------------------------------------------------------------------
 
@@ -121,6 +52,10 @@ class Adapters(Protocol):
 
     def base_layer(self, name: str, path: str) -> nn.Module:
         """The frozen layer under one of them."""
+        ...
+
+    def whole(self, name: str) -> tuple[str, ...]:
+        """Paths of the modules that are trained whole beside an adapter: a tensor of theirs is called PATH.KEY."""
         ...
 
     def initialize(self) -> None:
@@ -142,8 +77,9 @@ class Adapters(Protocol):
         """Copy whole tensors in. Raises ModelError when keys or shapes differ, naming the first of each kind."""
         ...
 
-    def after_step(self, name: str) -> Mapping[str, float]:
-        """What must hold after each optimizer step (max-norm scaling); numbers worth logging."""
+    def after_step(self, name: str, moved: Tensor | None = None) -> Mapping[str, Tensor]:
+        """What must hold after each optimizer step (max-norm scaling); numbers () worth logging, on the device. moved:
+        () bool, whether the step moved anything; when not, nothing is changed here either. None: it did."""
         ...
 
 
@@ -171,7 +107,11 @@ class Model:
         """Negative log-likelihood (B, L) fp32 of each label under the adapter in use, 0 where nothing is learned."""
         return self._ask(inputs, None)
 
-    def _ask(self, inputs: Denoise | Tokens, expert: str | None) -> Tensor:
+    def logits(self, inputs: Documents) -> Tensor:
+        """What is answered of each class (B, classes) under the adapter in use, fp32 or wider."""
+        return self._ask(inputs, None)
+
+    def _ask(self, inputs: Denoise | Tokens | Documents, expert: str | None) -> Tensor:
         network = self.network
         if isinstance(network, nn.ModuleDict):
             assert expert is not None, f"which of {list(network)} is asked?"
@@ -269,6 +209,20 @@ class Validated(Protocol):
 
 
 @runtime_checkable
+class Drawn(Protocol):
+    """An objective whose chance can be drawn beforehand. What follows is the same operators for tensors of the same
+    names and shapes, so that it may be recorded once and replayed; `loss` is the one after the other."""
+
+    def draws(self, phase: str, model: Model, batch: Batch, rng: Rng) -> dict[str, Tensor]:
+        """All that is drawn for a micro-batch, on its device."""
+        ...
+
+    def loss_of(self, phase: str, model: Model, batch: Batch, drawn: Mapping[str, Tensor]) -> Loss:
+        """The loss, given what was drawn. Reads no tensor's numbers on the host."""
+        ...
+
+
+@runtime_checkable
 class Distilled(Protocol):
     """An objective whose student is sampled in a few steps of its own."""
 
@@ -323,6 +277,14 @@ class Engine(Protocol):
         ...
 
     def put(self, batch: Batch) -> Batch: ...
+    def feeding(self, feed: Iterator[Batch], count: Callable[[Batch], int]) -> Iterator[tuple[Batch, int]]:
+        """A feed's batches on the device, the next one on its way meanwhile, each with its count made on the host."""
+        ...
+
+    def host_memory(self, size: int) -> Tensor:
+        """So many bytes of the kind that the device copies from fastest, (n,) uint8."""
+        ...
+
     def computing(self) -> AbstractContextManager[None]:
         """Mixed precision around a forward pass."""
         ...
@@ -353,14 +315,15 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Stepped:
-    """What became of an optimizer step. norm: of the gradient before clipping. moved: False when it was skipped.
+    """What became of an optimizer step, on the device: whoever reads it waits for the step.
 
-    overflow: the skip was fp16 loss scaling at work (the scale is lowered and the run goes on), not a fault.
+    norm: () fp32, of the gradient before clipping. moved: () bool, False when the step was skipped. scaled: a skip is
+    fp16 loss scaling at work (the scale is lowered and the run goes on), not a fault.
     """
 
-    norm: float
-    moved: bool
-    overflow: bool = False
+    norm: Tensor
+    moved: Tensor
+    scaled: bool = False
 
 
 class Experience(Protocol):

@@ -15,7 +15,7 @@ from weft.geometry import VideoGeometry
 from weft.math.attention import Attention
 
 if TYPE_CHECKING:
-    from weft.contracts import Denoise, Tokens
+    from weft.travels import Denoise, Documents, Tokens
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,11 @@ class ModelFamily(Protocol):
 
     forward(Denoise) is always the velocity dx/dt = noise - data: a family converts what its network predicts.
     forward(Tokens) is the negative log-likelihood (B, L) fp32 of each label, 0 where nothing is learned.
+    forward(Documents) is what is answered of each class, logits (B, classes) in fp32, or wider where weights are.
     """
 
     @property
-    def medium(self) -> Literal["video", "text"]:
+    def medium(self) -> Literal["video", "text", "documents"]:
         """What the model is made for: decides which data and which objectives go with it."""
         ...
 
@@ -162,7 +163,7 @@ class ModelFamily(Protocol):
         ...
 
     def blocks(self, network: nn.Module) -> Sequence[nn.Module]: ...
-    def forward(self, call: Callable[..., Any], inputs: "Denoise | Tokens") -> Tensor: ...
+    def forward(self, call: Callable[..., Any], inputs: "Denoise | Tokens | Documents") -> Tensor: ...
 
 
 class VideoFamily(ModelFamily, Protocol):
@@ -212,6 +213,34 @@ class TextFamily(ModelFamily, Protocol):
         ...
 
 
+class EncoderFamily(ModelFamily, Protocol):
+    """A family of encoders that sort documents into classes."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the head's outputs; none yet: those of the data will do."""
+        ...
+
+    @property
+    def trained_labels(self) -> tuple[str, ...]:
+        """Names of the classes that the source's own head was trained for, in its order; none without such a head."""
+        ...
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest document that the network takes."""
+        ...
+
+    def heads(self, network: nn.Module) -> tuple[str, ...]:
+        """Paths of the modules that are trained whole beside any adapter: the classifier, and whatever else the source
+        has no weights for, so that it begins by chance."""
+        ...
+
+    def tokenizer(self) -> Any:
+        """Its tokenizer, a transformers PreTrainedTokenizer."""
+        ...
+
+
 def as_video(family: ModelFamily) -> VideoFamily:
     """The family of a model that makes videos, as such."""
     assert family.medium == "video", f"a {family.medium} model is asked for what only video models have"
@@ -222,3 +251,9 @@ def as_text(family: ModelFamily) -> TextFamily:
     """The family of a language model, as such."""
     assert family.medium == "text", f"a {family.medium} model is asked for what only language models have"
     return cast(TextFamily, family)
+
+
+def as_encoder(family: ModelFamily) -> EncoderFamily:
+    """The family of an encoder, as such."""
+    assert family.medium == "documents", f"a {family.medium} model is asked for what only encoders have"
+    return cast(EncoderFamily, family)

@@ -13,6 +13,7 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
         "wan": "weft.families.wan:Wan",
         "hunyuan-video": "weft.families.hunyuan_video:HunyuanVideo",
         "causal-lm": "weft.families.causal_lm:CausalLM",
+        "encoder": "weft.families.encoder:Encoder",
     },
     "adapter": {
         "lora": "weft.adapters.lora:Lora",
@@ -20,18 +21,30 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
         "lokr": "weft.adapters.lokr:LoKr",
         "oft": "weft.adapters.oft:Oft",
         "full": "weft.adapters.full:FullChange",
+        "none": "weft.adapters.no_adapter:NoAdapter",
+        "ia3": "weft.adapters.ia3:Ia3",
+        "prompt": "weft.adapters.prompts:Prompt",
+        "p-tuning": "weft.adapters.prompts:PTuning",
+        "prefix": "weft.adapters.prompts:Prefix",
     },
     "objective": {
         "flow-matching": "weft.objectives.flow_matching:FlowMatching",
         "legacy-epsilon": "weft.objectives.legacy_epsilon:LegacyEpsilon",
         "dmd": "weft.objectives.dmd:Dmd",
         "next-token": "weft.objectives.next_token:NextToken",
+        "traditional": "weft.objectives.traditional:Traditional",
+        "replay": "weft.objectives.experience_replay:ExperienceReplay",
+        "agem": "weft.objectives.agem:Agem",
+        "cmaml": "weft.objectives.meta_learning:CMaml",
+        "sync": "weft.objectives.meta_learning:SyncMaml",
+        "lamaml": "weft.objectives.meta_learning:LaMaml",
     },
     "engine": {"torch": "weft.engines.torch_engine:Torch", "deepspeed": "weft.engines.deepspeed:DeepSpeed"},
     "data": {
         "video": "weft.data.video:VideoData",
         "prompts": "weft.data.prompts:PromptData",
         "chat": "weft.data.chat:ChatData",
+        "documents": "weft.data.documents:DocumentsData",
     },
     "optimizer": {
         "adamw": "weft.run.optimizers:AdamW",
@@ -45,6 +58,7 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
         "musubi": "weft.formats.kohya:MusubiFile",
         "videox-fun": "weft.formats.kohya:VideoXFunFile",
         "original": "weft.formats.original:OriginalFile",
+        "transformers": "weft.formats.transformers_folder:TransformersFolder",
     },
     "verb": {
         **{

@@ -16,7 +16,7 @@ from weft.formats.describe import describe
 from weft.formats.diffusers import DiffusersFile
 from weft.formats.peft import PeftFolder
 from weft.formats.reading import read_adapter
-from weft.run.learner import MovingAverage
+from weft.run.moving_average import MovingAverage
 
 every_kind = pytest.mark.parametrize("recipe", KINDS.values(), ids=list(KINDS))
 AUTOCAST = (None, torch.bfloat16)

@@ -1,14 +1,12 @@
 """Student and critic on one base are what separate copies are: whoever carries them, recomputed, compiled, sharded."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from shutil import which
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 from torch.utils.checkpoint import CheckpointError
 
 from tests.adapters.conftest import PRESETS, answer, new_wan
@@ -61,7 +59,12 @@ def shake(adapters: NamedAdapters) -> None:
 
 
 def with_adapters(recipes: Mapping[str, Recipe], layers: int = 2) -> tuple[Any, NamedAdapters]:
-    network = new_wan(layers).train()
+    return carried(new_wan(layers), recipes)
+
+
+def carried(network: nn.Module, recipes: Mapping[str, Recipe]) -> tuple[Any, NamedAdapters]:
+    """A network with an adapter of each recipe, under its role's name."""
+    network.train()
     adapters = attach(network, standings(network, recipes), seed=7)
     adapters.initialize()
     shake(adapters)
@@ -199,86 +202,6 @@ def test_a_backward_in_a_role_of_another_recipe_is_noticed_where_blocks_run_agai
         loss = answer(network).square().mean()
     with adapters.use("critic"), pytest.raises(CheckpointError):
         loss.backward()
-
-
-# ---- Compiled ----
-
-ORDER = ("student", "critic", None, "student", None, "critic", None)
-
-
-@pytest.fixture
-def compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-def asked_in_turn(network: nn.Module, adapters: NamedAdapters) -> list[Tensor]:
-    """Answers and gradients of all roles, with the base asked while a graph waits."""
-    found: list[Tensor] = []
-    for role in ORDER:
-        network.zero_grad()
-        with adapters.use(role):
-            with torch.no_grad():
-                found.append(answer(network))
-            if role is None:
-                continue
-            loss = answer(network).square().mean()
-            with adapters.use(None), torch.no_grad():
-                found.append(answer(network))
-            loss.backward()
-        found += [loss.detach(), *gradients(adapters, role).values()]
-    return found
-
-
-def graphs_of(adapters: NamedAdapters, blocks: int) -> int:
-    """How many graphs all blocks share: without gradients one for each role and for the base; with gradients one for
-    each role, and another where the first block is given what needs none, while later ones are."""
-    apart = [blocks > 1 and "patch_embedding" not in adapters.paths_of(name) for name in NAMES]
-    return 1 + 2 * len(NAMES) + sum(apart)
-
-
-def check_compiled(
-    mix: tuple[Recipe, Recipe], backend: str, *, again: bool = False, exact: bool = True, layers: int = 2
-) -> None:
-    recipes = dict(zip(NAMES, mix, strict=True))
-    expected = asked_in_turn(*with_adapters(recipes, layers))
-    network, adapters = with_adapters(recipes, layers)
-    for block in network.blocks:
-        if again:
-            recompute(block, None, None)
-        block.compile(backend=backend, fullgraph=True)
-    for seen in (False, True, True):
-        with torch._dynamo.config.patch(error_on_recompile=seen):  # pyright: ignore[reportAttributeAccessIssue]
-            found = asked_in_turn(network, adapters)
-        for one, other in zip(found, expected, strict=True):
-            assert torch.equal(one, other) if exact else torch.allclose(one, other, rtol=1e-4, atol=1e-6)
-        assert counters["stats"]["unique_graphs"] == graphs_of(adapters, layers)
-
-
-def test_compiled_blocks_follow_the_role_with_one_graph_for_each(compiler):
-    # What the compiler reads, without what it would make of it, which takes longer; a carrier of each sort.
-    check_compiled((Lora(rank=4, targets="attn1.to_q"), FullChange(targets=("attn1.to_q", "attn2.to_v"))), "eager")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("mix", "again", "layers"),
-    [("alike", False, 2), ("native", True, 1), ("peft, full", True, 1), ("two kinds of peft", False, 1)],
-)
-def test_compiled_blocks_are_exact_with_every_carrier_and_when_they_run_again(mix, again, layers, compiler):
-    # Each carrier, each sort of them run again, and one block or several; all with all would take minutes.
-    check_compiled(MIXES[mix], "aot_eager", again=again, layers=layers)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.skipif(which("g++") is None, reason="needs a C++ compiler")
-def test_inductor_follows_the_role(compiler):
-    # It reorders sums, so fp32 rounding is allowed.
-    mix = Lora(rank=4, targets="attn1.to_q"), FullChange(targets="attn1.to_q")
-    check_compiled(mix, "inductor", exact=False, layers=1)
 
 
 # ---- In shards ----

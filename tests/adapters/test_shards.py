@@ -81,7 +81,7 @@ def shown(case: str, engine: Engine) -> Shown:
         engine.backward(loss / engine.data_world, last=True)
     assert all(p.grad is None for p in adapters.parameters("critic").values())
     gradients = {key: whole(p.grad) for key, p in adapters.parameters("student").items()}
-    told = dict(adapters.after_step("student"))
+    told = {name: float(value) for name, value in adapters.after_step("student").items()}
     ruled = {key: t.clone() for key, t in adapters.state_dict("student").items()}
     return Shown(first, answers, gradients, ruled, told)
 

@@ -55,6 +55,7 @@ class Small(Section):
     times: tuple[float, ...] = (0.5,)
     steps: int | Literal["auto"] = "auto"
     warmup: int = Field(0, ge=0)
+    compile: bool | Literal["auto"] = "auto"
     token: str = ""
 
     @model_validator(mode="after")

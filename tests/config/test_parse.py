@@ -40,6 +40,8 @@ def test_three_typos_are_answered_in_one_go_sorted_by_place():
         ("times: [0.1, x]", "times.1: expected a number, got 'x'."),
         ("steps: 0.5", "expected a whole number or 'auto', got 0.5."),
         ("steps: autp", "'autp' is no choice. Did you mean 'auto'?"),
+        ("compile: atuo", "is no choice. Did you mean 'auto'?"),
+        ("compile: yes", "Write true."),
         ("sources: {path: x}", "Begin its first line with '- '."),
         ("sources: [{pth: x}]", "sources.0.pth: unknown key."),
         (
@@ -114,3 +116,8 @@ def test_no_data_at_all_leads_to_anything_but_a_config_or_sentences(data: dict):
         parse(Small, type(source)(data, source.places, "run.yaml"))
     except ConfigError as error:
         assert all(problem.startswith("run.yaml") and "\n" not in problem for problem in error.problems)
+
+
+@pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("true", True), ("false", False)])
+def test_a_switch_that_may_be_left_to_weft_takes_its_word_and_both_truths(text: str, value: object):
+    assert parsed(f"{BASE}compile: {text}\n").compile == value

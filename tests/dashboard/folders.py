@@ -153,17 +153,27 @@ def text(root: Path, now: float) -> Path:
     return run.folder
 
 
+SCORED = {"accuracy": lambda value: value, "ece": lambda value: (1 - value) / 2}  # metric -> what it is of an accuracy
+
+
 def continual(root: Path, now: float) -> Path:
     """Four experiences in order, each scored on all: what came before is slowly forgotten."""
     run = RunWriter(root / "continual", now - 400, TEXT)
     names = ("reviews", "news", "questions", "topics")
     run.begin()
+    before = dict.fromkeys(names, 0.25)
+    for metric, of in SCORED.items():
+        run.tell(
+            events.Scored(step=0, after="(untrained)", metric=metric, scores={n: of(v) for n, v in before.items()})
+        )
     for step in range(1, 201):
         run.step(step)
         if step % 50 == 0:
             learned = step // 50 - 1
             scores = {name: 0.9 - 0.06 * (learned - i) if i <= learned else 0.25 for i, name in enumerate(names)}
-            run.tell(events.Scored(step=step, after=names[learned], metric="accuracy", scores=scores), after=5)
+            for metric, of in SCORED.items():
+                told = {name: of(value) for name, value in scores.items()}
+                run.tell(events.Scored(step=step, after=names[learned], metric=metric, scores=told), after=5)
     run.end(200)
     run.gpu_file()
     return run.folder

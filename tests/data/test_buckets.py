@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tests.data.clips import WAN
-from weft.data.buckets import Bucket, Buckets, kept_share, size_of_area
+from weft.data.buckets import Bucket, Buckets, kept_share, lengths_line, size_of_area
 from weft.geometry import VideoGeometry
 
 TI2V_5B = VideoGeometry(fps=24, space_stride=16, time_stride=4, patch=(1, 2, 2), latent_channels=48)
@@ -150,3 +150,17 @@ def test_the_chosen_size_has_the_nearest_ratio_of_all_sizes(side, width, height,
 
 def test_covering_a_square_with_16_to_9_keeps_nine_sixteenths_of_it():
     assert kept_share(512, 512, 1600, 900) == pytest.approx(9 / 16)
+
+
+def test_shapes_are_told_by_their_token_counts_which_is_what_blocks_are_compiled_for():
+    wide, high = (Bucket(1, h, w, WAN.tokens(1, h, w)) for h, w in ((480, 832), (832, 480)))
+    assert lengths_line([wide]) == ""
+    assert lengths_line([wide, high]) == f"2 shapes have 1 token count: {30 * 52:,}."
+    large = Bucket(1, 1024, 1024, WAN.tokens(1, 1024, 1024))
+    assert lengths_line([wide, high, large]) == "3 shapes have 2 token counts, from 1,560 to 4,096."
+
+
+def test_token_counts_that_nearly_agree_are_named():
+    near = [Bucket(1, 480, w, WAN.tokens(1, 480, w)) for w in (832, 864)]
+    line = lengths_line(near)
+    assert "Some lie within 5% of another, as 1,560 of 1,620" in line  # 30 x 52 and 30 x 54

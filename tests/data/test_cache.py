@@ -16,6 +16,7 @@ from weft.data.disk import LatentStore
 from weft.data.encoding import captions_of
 from weft.data.entries import ContentHashes
 from weft.data.stores import open_store
+from weft.data.sums import Sum
 from weft.data.survey import Survey
 from weft.data.video import VideoData
 from weft.errors import DataError
@@ -160,6 +161,25 @@ def test_a_flipped_bit_is_found_when_the_entry_is_read_and_never_used(store, sur
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"{clip.key}.*damaged and is now removed"):
+        store.clip(clip)
+    assert store.fill(lambda: encoders, silent).encoded == 1
+
+
+def test_an_entry_is_summed_when_it_is_first_read_and_whole_ever_after(store, encoders, survey, monkeypatch):
+    store.fill(lambda: encoders, silent)
+    summed: list[int] = []
+    add = Sum.add
+    monkeypatch.setattr(Sum, "add", lambda self, block: (summed.append(len(block)), add(self, block))[1])
+    clip, other = survey.train[:2]
+    first = store.clip(clip)
+    once = sum(summed)
+    assert once == sum(tensor.nbytes for tensor in first.values()) and same(store.clip(clip), first)
+    assert sum(summed) == once
+    store.clip(other)
+    assert sum(summed) > once
+    path = store.path_of(clip)
+    path.write_bytes(path.read_bytes()[:-8])  # cut off since: there is nothing to read
     with pytest.raises(DataError, match=rf"{clip.key}.*damaged and is now removed"):
         store.clip(clip)
     assert store.fill(lambda: encoders, silent).encoded == 1

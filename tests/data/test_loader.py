@@ -16,7 +16,8 @@ from tests.data.conftest import ToyEncoders
 from tests.small import make_hunyuan, make_wan
 from weft.contracts import Batch, Encoders, ModelFamily
 from weft.data import cache
-from weft.data.loader import VideoDataset, cut, padded
+from weft.data.laying import FRAMEWISE
+from weft.data.loader import VideoDataset, padded
 from weft.data.survey import Clip
 from weft.data.video import VideoData
 from weft.errors import DataError
@@ -48,8 +49,9 @@ def test_a_batch_holds_latents_padded_text_and_its_mask(data, encoders):
         size = len(batch.keys)
         assert batch["latents"].shape[:2] == (size, 4) and batch["latents"].dtype == torch.float32
         assert batch["text"].shape == (size, max(lengths), 6) and batch["text"].dtype == torch.float32
-        assert batch["text_mask"].dtype == torch.bool and batch["text_mask"].sum(1).tolist() == lengths
-        assert (batch["text"][~batch["text_mask"]] == 0).all()
+        mask = batch["text_mask"].expand(batch["text"].shape[:2])
+        assert mask.dtype == torch.bool and mask.sum(1).tolist() == lengths
+        assert (batch["text"][~mask] == 0).all()
         assert torch.equal(batch["text"][0, : lengths[0]], encoders.text([captions[batch.keys[0]]])[0]["text"].float())
 
 
@@ -85,11 +87,11 @@ def test_an_epoch_is_as_many_draws_whoever_makes_them_and_its_position_is_its_nu
 def test_dropped_captions_are_the_encoded_empty_one_at_the_asked_share(data, encoders):
     dataset = opened(data, encoders, caption_dropout=0.25, batch_size=1)
     batches = drawn(dataset, 0, 800)
-    dropped = [batch for batch in batches if batch["text_mask"].shape[1] == 1]
+    dropped = [batch for batch in batches if batch["text"].shape[1] == 1]
     assert abs(len(dropped) / 800 - 0.25) < 0.046  # three standard deviations
     empty = encoders.text([""])[0]["text"].float()
     assert all(torch.equal(batch["text"][0], empty) for batch in dropped)
-    assert {1, 0} == {int(drawn(opened(data, encoders, caption_dropout=p), 0, 1)[0]["text_mask"].shape[1] == 1)
+    assert {1, 0} == {int(drawn(opened(data, encoders, caption_dropout=p), 0, 1)[0]["text"].shape[1] == 1)
                       for p in (0.0, 1.0)}  # fmt: skip
 
 
@@ -101,11 +103,11 @@ def test_one_of_several_captions_is_drawn_and_validation_uses_the_first(tmp_path
     fields = {"sources": [{"path": tmp_path / "m.jsonl"}], "buckets": {"sides": [64], "frames": [9]}}
     data = VideoData.model_validate({**fields, "cache": "memory", "caption_dropout": 0, "validation_items": 1})
     dataset = opened(data, encoders)
-    lengths = Counter(int(batch["text_mask"].sum()) for batch in drawn(dataset, 0, 300))
+    lengths = Counter(batch["text"].shape[1] for batch in drawn(dataset, 0, 300))
     assert lengths.keys() == {3 + 1, 5 + 1, 7 + 1}
     assert all(abs(count - 100) < 25 for count in lengths.values())  # three standard deviations
     batches, _ = dataset.validation()
-    assert batches[0]["text_mask"].sum() == 3 + 1
+    assert batches[0]["text"].shape[1] == 3 + 1
 
 
 def test_the_asked_share_of_batches_is_cut_to_a_shorter_length_of_the_buckets(data, encoders):
@@ -151,7 +153,8 @@ def test_the_first_latents_of_a_clip_equal_the_encoding_of_the_shorter_clip(tmp_
         whole = {"latents": wan.latents(pixels), **wan.given(pixels)}
         for frames in (1, 5, 9):
             shorter = {"latents": wan.latents(pixels[:, :, :frames]), **wan.given(pixels[:, :, :frames])}
-            first = {name: cut({name: tensor[0]}, shorter[name].shape[2])[name] for name, tensor in whole.items()}
+            first = {name: tensor[0] for name, tensor in whole.items()}
+            first |= {name: first[name][:, : shorter[name].shape[2]] for name in whole if name in FRAMEWISE}
             for name in whole:
                 torch.testing.assert_close(first[name], shorter[name][0], rtol=0, atol=1e-6)  # rounding of fp32
 
@@ -197,7 +200,7 @@ def test_validation_goes_once_through_the_held_out_clips_in_one_order_with_capti
     assert failed == [] and all(equal(one, other) for one, other in zip(batches, again, strict=True))
     keys = [key for batch in batches for key in batch.keys]
     assert sorted(keys) == sorted(clip.key for clip in dataset.survey.validation) and len(keys) == 5
-    assert all((batch["text_mask"].sum(1) > 1).all() for batch in batches)
+    assert all(batch["text"].shape[1] > 1 for batch in batches)
 
 
 def test_a_validation_clip_that_cannot_be_loaded_is_reported_and_not_averaged(tmp_path, encoders):
@@ -248,3 +251,8 @@ def test_texts_are_padded_with_zeros_to_the_longest():
     text, mask = padded([torch.ones(2, 3), torch.full((4, 3), 2.0)])
     assert text.shape == (2, 4, 3) and text[0, 2:].abs().sum() == 0
     assert mask.tolist() == [[True, True, False, False], [True] * 4]
+
+
+def test_the_mask_of_texts_of_one_length_has_one_column_so_that_its_shape_says_that_all_is_text():
+    _, mask = padded([torch.ones(3, 2), torch.ones(3, 2)])
+    assert mask.tolist() == [[True], [True]]

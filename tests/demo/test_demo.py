@@ -1,10 +1,8 @@
 """`weft demo`, whole: the README's first command."""
 
-import subprocess
-import sys
-
 import pytest
 
+from tests.program import Program
 from weft.cli.main import main
 from weft.demo.concept import Proof
 from weft.demo.judge import Verdict
@@ -25,13 +23,13 @@ def test_the_proof_fails_when_training_changed_nothing():
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_demo_trains_a_lora_on_mp4_files_and_proves_in_the_videos_that_it_learned(tmp_path, monkeypatch, capsys):
-    command = [sys.executable, "-c", "from weft.cli.main import main; raise SystemExit(main())", "demo"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=580, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "before   after" in done.stdout
+    monkeypatch.chdir(tmp_path)
+    demo = Program(["demo"])
+    said, _ = demo.communicate(timeout=580)
+    assert demo.returncode == 0, said[-4000:]
+    assert "before   after" in said
     out = tmp_path / "weft-demo"
     for name in ("before_after.mp4", "before_after.png", "runs/zorp/adapter/adapter_model.safetensors"):
         assert (out / name).stat().st_size > 1000, name
-    monkeypatch.chdir(tmp_path)
     assert main(["demo"]) == 2
     assert "holds an earlier demo" in capsys.readouterr().err

@@ -83,7 +83,7 @@ def learned(model: Path, case: Case) -> Learned:
         batches = parts(batch_of(case.micro_batches, seed=step), *[1] * case.micro_batches)
         losses.append(float(taught(learner, batches)))
         (optimizer,) = learner.optimizers.values()
-        norms.append(learner.engine.step(optimizer, MAX_NORM).norm)
+        norms.append(float(learner.engine.step(optimizer, MAX_NORM).norm))
     with learner.model.adapters.use(ROLE), learner.engine.computing():
         answer = Given().measure(learner.model, batch_of(1), "default", 0.5, 0)
     adapter = {name: t.clone() for name, t in learner.model.adapters.state_dict(ROLE).items()}

@@ -47,10 +47,10 @@ def test_waiting_on_the_host_changes_no_gradient_under_dropout(deep, tmp_path, b
         assert_same(gradients(offloading), expected)
 
 
-def test_what_one_block_passes_to_the_next_is_on_the_host_alone(deep, tmp_path):
-    """8 tokens of width 24 in fp32, of 2 items, for each block but the first; text and time are all blocks' own."""
+def test_what_goes_from_block_to_block_is_on_the_host_alone(deep, tmp_path):
+    """8 tokens of width 24 in fp32, of 2 items, for each block; text and time are all blocks' own."""
     _, waiting = kept_in_forward(learner_with(tmp_path, deep, OFFLOAD))
-    assert [kept.host.nbytes for kept in waiting] == [2 * TOKENS * WIDTH * 4] * (LAYERS - 1)
+    assert [kept.host.nbytes for kept in waiting] == [2 * TOKENS * WIDTH * 4] * LAYERS
     assert all(kept.back is None for kept in waiting)
 
 
@@ -65,7 +65,7 @@ def test_what_recomputation_keeps_on_the_device_no_longer_grows_with_the_blocks(
             return tensor
 
         loss, waiting = kept_in_forward(learner)
-        assert len(waiting) == len(learner.model.family.blocks(learner.model.network)) - 1
+        assert len(waiting) == len(learner.model.family.blocks(learner.model.network))
         with learner.model.adapters.use(ROLE), saved_tensors_hooks(pack, lambda t: t):
             Given().loss("train", learner.model, batch_of(2), NoState(), None)  # type: ignore[arg-type]
         frozen = {t.untyped_storage().data_ptr() for t in learner.model.network.parameters()}

@@ -78,7 +78,7 @@ def odd_tensors(parallel: dict[str, Any]) -> tuple[Any, ...]:
         "buffer": torch.equal(network.offset, torch.arange(WORDS).float()),
         "rows": len(network.embedding.weight.to_local()) if sharded else WORDS,
     }
-    return facts, output.detach(), (gradient, whole(shift)), stepped.norm, network(words).detach()
+    return facts, output.detach(), (gradient, whole(shift)), float(stepped.norm), network(words).detach()
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -95,7 +95,8 @@ def overflow(parallel: dict[str, Any]) -> tuple[Any, ...]:
         network.gain[-1] = gain
         engine.backward(network(torch.zeros(1, dtype=torch.long)).sum(), last=True)
         stepped = engine.step(optimizer, max_norm=0.0)
-        found.append((stepped.moved, stepped.overflow, engine.scaler.get_scale()))
+        moved = bool(stepped.moved)
+        found.append((moved, stepped.scaled and not moved, engine.scaler.get_scale()))
     return tuple(found)
 
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from tests.multi import Ranks, spawn
-from weft.engines.shards import Part, Shards, empty_beside, is_sharded, part_of
+from weft.engines.shards import Copies, Part, Shards, empty_beside, is_sharded, part_of
 from weft.errors import RunError
 
 LENGTHS = {"even": 8, "uneven": 5, "fewer than ranks": 3, "one": 1}
@@ -149,6 +150,36 @@ def test_a_staged_part_does_not_follow_the_tensor():
     tensor.add_(1)
     assert torch.equal(part.local, torch.ones(3))
     assert not is_sharded(tensor)
+
+
+def test_copies_keep_shape_and_order_whether_tensors_fill_their_memory_or_not():
+    memory = torch.arange(24.0)
+    both = {"a": memory[:6].view(2, 3), "b": memory[6:].view(3, 6)}
+    whole = torch.arange(40.0).view(4, 10)
+    tensors = {**both, "again": both["a"], "corner": whole[:1, :2], "turned": whole.T, "none": torch.zeros(0, 3)}
+    copies = Copies(torch.device("cpu"))
+    made = copies.make(lambda: {name: part_of(tensor) for name, tensor in tensors.items()})
+    copies.hold()
+    assert all(torch.equal(made[name].local, tensor) for name, tensor in tensors.items())
+    homes = {name: part.local.untyped_storage().data_ptr() for name, part in made.items()}
+    assert homes["a"] == homes["b"] == homes["again"] != memory.untyped_storage().data_ptr()
+    memory.zero_()
+    assert torch.equal(made["b"].local, torch.arange(6.0, 24).view(3, 6))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_what_leaves_a_gpu_is_what_it_was_when_the_copies_were_asked_for():
+    weights = torch.ones(2**24, device="cuda")
+    for _ in range(50):
+        weights.mul_(1.0)
+    copies, made = Copies(weights.device), list[dict[str, Part]]()
+    thread = Thread(target=lambda: made.append(copies.make(lambda: {"weights": part_of(weights)})))
+    thread.start()
+    copies.hold()
+    weights.zero_()
+    thread.join()
+    assert made[0]["weights"].local.is_pinned() and bool((made[0]["weights"].local == 1).all())
 
 
 def failing(folder: Path) -> list[str]:

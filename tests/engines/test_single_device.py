@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.learners import ROLE, Given, batch_of, learner_of, small_config, weights
 from weft.contracts import Batch, NoState
@@ -41,7 +42,7 @@ def moved_by(gradient: list[float], max_norm: float, on: SingleEngine | None = N
 def test_recomputation_gives_every_adapter_tensor_the_gradient_it_has_without(model, tmp_path, backend):
     """A frozen base hands inputs without gradients to its blocks; reentrant checkpoints would return None for all."""
     gradients: list[dict[str, Tensor]] = []
-    for recompute in (False, True):
+    for recompute in (False, True, "selective"):
         change = {"engine": {"recompute": recompute}, "adapter": {"backend": backend, "rank_dropout": 0.3}}
         learner, batch = learner_of(small_config(tmp_path, model, **change)), batch_of(2)
         torch.manual_seed(4)
@@ -51,6 +52,24 @@ def test_recomputation_gives_every_adapter_tensor_the_gradient_it_has_without(mo
     for name, gradient in gradients[0].items():
         assert gradient is not None and gradient.any(), name
         assert torch.equal(gradient, gradients[1][name]), name
+        assert torch.equal(gradient, gradients[2][name]), name
+
+
+def test_selective_recomputation_attends_once_and_full_recomputation_twice(model, tmp_path):
+    """Of two blocks each attends to itself and to the text."""
+    kernel, ran = "aten::_scaled_dot_product_flash_attention_for_cpu", []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            ran[-1] += func.name() == kernel
+            return func(*args, **(kwargs or {}))
+
+    for recompute in (False, "selective", True):
+        learner = learner_of(small_config(tmp_path, model, engine={"recompute": recompute}))
+        ran.append(0)
+        with learner.model.adapters.use(ROLE), Watch():
+            learner.engine.backward(Given().loss("train", learner.model, batch_of(2), NoState(), None).total, last=True)
+    assert ran == [4, 4, 8]
 
 
 def test_recomputed_blocks_keep_only_their_inputs(model, tmp_path):
@@ -81,7 +100,7 @@ def test_micro_batches_add_up_in_the_gradient():
 def test_a_long_gradient_is_cut_to_the_limit_in_its_own_direction_and_its_length_before_is_told():
     value, stepped = moved_by([3.0, 4.0], max_norm=0.5)
     assert_close(value, torch.tensor([-0.3, -0.4]), rtol=1e-4, atol=0)  # torch adds 1e-6 to the norm
-    assert (stepped.norm, stepped.moved, stepped.overflow) == (5.0, True, False)
+    assert (stepped.norm, stepped.moved, stepped.scaled) == (5.0, True, False)
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 5.0, 6.0])
@@ -93,7 +112,7 @@ def test_a_gradient_within_the_limit_and_any_when_there_is_none_stays_as_it_is(m
 def test_a_gradient_that_is_not_finite_moves_nothing(wrong):
     value, stepped = moved_by([1.0, wrong], max_norm=1.0)
     assert torch.equal(value, torch.zeros(2))
-    assert (stepped.moved, stepped.overflow) == (False, False)
+    assert (stepped.moved, stepped.scaled) == (False, False)
 
 
 def test_an_fp16_overflow_is_told_as_such_and_halves_the_scale():
@@ -101,7 +120,7 @@ def test_an_fp16_overflow_is_told_as_such_and_halves_the_scale():
     on.scaler = GradScaler("cpu", init_scale=2.0**10)
     on.backward(torch.zeros((), requires_grad=True).sum(), last=True)  # the scaler makes its scale at the first loss
     value, stepped = moved_by([1.0, torch.inf], 1.0, on)
-    assert (stepped.moved, stepped.overflow) == (False, True)
+    assert (stepped.moved, stepped.scaled) == (False, True)
     assert on.scaler.get_scale() == 2.0**9
     assert torch.equal(value, torch.zeros(2))
 

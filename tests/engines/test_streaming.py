@@ -1,20 +1,19 @@
 """Streamed blocks: the same numbers with fewer weights on the device, whatever happens in between."""
 
-import copy
 import gc
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.testing import assert_close
 
-from tests.learners import ROLE, Given, batch_of, learner_of, small_config, trained, weights
+from tests.learners import ROLE, Given, NoMilestones, batch_of, learner_of, small_config, trained, weights
 from tests.small import make_wan
 from weft.contracts import Batch, NoState
-from weft.engines.residency import Parcel, Residence, Ring, frozen_by_block, streamed_blocks
+from weft.engines.parallel import Layout
+from weft.engines.residency import Residence, frozen_by_block, streamed_blocks
 from weft.engines.single_device import SingleEngine
 from weft.engines.torch_engine import Torch
 from weft.errors import ConfigError
@@ -24,6 +23,7 @@ from weft.run.learner import Learner
 LAYERS, STREAMED = 6, 4
 CPU = torch.device("cpu")
 STREAM = {"recompute": True, "stream_blocks": STREAMED}
+ONCE = {"stream_blocks": STREAMED}
 DROPOUT = {"input_dropout": 0.2, "rank_dropout": 0.3}
 
 
@@ -78,30 +78,38 @@ def test_streamed_blocks_are_evenly_spread():
     assert streamed_blocks(40, 1) == (20,)
     assert streamed_blocks(40, 4) == (5, 15, 25, 35)
     assert streamed_blocks(6, 4) == (0, 2, 3, 5)
-    assert [len(set(streamed_blocks(30, count))) for count in range(30)] == list(range(30))
+    assert [len(set(streamed_blocks(30, count))) for count in range(31)] == list(range(31))
 
 
-def test_a_network_cannot_stream_all_of_its_blocks(deep, tmp_path):
-    for count in (LAYERS, LAYERS + 5):
-        with pytest.raises(ConfigError, match=rf"{count} is too many for a network of 6 blocks. Write 5 or less"):
-            learner_with(tmp_path, deep, {"recompute": True, "stream_blocks": count})
+def test_a_network_cannot_stream_more_blocks_than_it_has(deep, tmp_path):
+    with pytest.raises(ConfigError, match=r"7 is too many for a network of 6 blocks. Write 6 or less"):
+        learner_with(tmp_path, deep, {"recompute": True, "stream_blocks": LAYERS + 1})
 
 
-@pytest.mark.parametrize("asked", [{"stream_blocks": 2}, {"offload_inputs": True}])
-def test_what_travels_needs_recomputation(asked):
-    with pytest.raises(ValueError, match=f"{next(iter(asked))} needs recompute: true"):
-        Torch(**asked)
+def test_inputs_travel_with_recomputation_and_activations_without():
+    with pytest.raises(ValueError, match="offload_inputs needs recompute: true"):
+        Torch(offload_inputs=True)
+    with pytest.raises(ValueError, match="offload_activations is for blocks that run once"):
+        Torch(offload_activations=True, recompute=True)
+
+
+def test_what_autograd_keeps_elsewhere_goes_with_no_fast_weights():
+    for asked in ({"stream_blocks": 2}, {"offload_activations": True}):
+        section = Torch(device="cpu", **asked)
+        assert section.can(Layout()) == section.open().can == {"roles"}
 
 
 # ---- The same numbers -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["native", "peft"])
-@pytest.mark.parametrize("count", [1, 2, STREAMED, LAYERS - 1])
-def test_streaming_changes_no_gradient_under_dropout(deep, tmp_path, backend, count):
+@pytest.mark.parametrize(("count", "twice"), [(1, True), (2, False), (STREAMED, True), (STREAMED, False),
+                                              (LAYERS, True), (LAYERS, False)])  # fmt: skip
+def test_streaming_changes_no_gradient_under_dropout(deep, tmp_path, backend, count, twice):
+    """With blocks that run twice, and with blocks whose saved weights are looked up in the ring again."""
     change = {"adapter": {"backend": backend, **DROPOUT}}
     expected = gradients(learner_with(tmp_path, deep, {"recompute": False}, **change))
-    streaming = learner_with(tmp_path, deep, {"recompute": True, "stream_blocks": count}, **change)
+    streaming = learner_with(tmp_path, deep, {"recompute": twice, "stream_blocks": count}, **change)
     for _ in range(2):  # the second pass finds the ring as the first left it
         assert_same(gradients(streaming), expected)
 
@@ -111,9 +119,10 @@ def test_streaming_changes_no_gradient_under_dropout(deep, tmp_path, backend, co
 ])  # fmt: skip
 def test_adapters_that_look_at_the_base_weights_find_them(deep, tmp_path, adapter):
     expected = gradients(learner_with(tmp_path, deep, {}, adapter=adapter))
-    streaming = learner_with(tmp_path, deep, STREAM, adapter=adapter)
-    for _ in range(2):
-        assert_same(gradients(streaming), expected)
+    for engine in (STREAM, ONCE):
+        streaming = learner_with(tmp_path, deep, engine, adapter=adapter)
+        for _ in range(2):
+            assert_same(gradients(streaming), expected)
 
 
 @pytest.mark.gpu
@@ -142,7 +151,7 @@ def test_streaming_changes_no_gradient_in_bf16(deep, tmp_path):
 @pytest.mark.parametrize("backend", ["native", "peft"])
 def test_ten_steps_of_streaming_learn_what_ten_steps_without_learn(deep, tmp_path, backend):
     ends = []
-    for engine in ({}, STREAM, {**STREAM, "offload_inputs": True}):
+    for engine in ({}, STREAM, {**STREAM, "offload_inputs": True}, {**ONCE, "offload_activations": True}):
         config = small_config(tmp_path, deep, engine=engine, adapter={"backend": backend}, schedule={"steps": 10})
         learner = learner_of(config)
         trained(learner, config, [batch_of(2), batch_of(1, seed=1)])
@@ -160,16 +169,19 @@ def test_a_sum_of_two_questions_gets_the_gradient_of_both(deep, tmp_path):
             learner.engine.backward(losses[0] + 3 * losses[1], last=True)
         return {name: p.grad for name, p in weights(learner).items()}
 
-    assert_same(both(learner_with(tmp_path, deep, STREAM)), both(learner_with(tmp_path, deep, {"recompute": True})))
+    expected = both(learner_with(tmp_path, deep, {"recompute": True}))
+    for engine in (STREAM, ONCE, {**ONCE, "offload_activations": True}):
+        assert_same(both(learner_with(tmp_path, deep, engine)), expected)
 
 
 def test_a_network_whose_adapters_begin_high_up_streams_right(deep, tmp_path):
     """Blocks below the lowest adapter have no backward pass at all."""
     change = {"adapter": {"targets": [r"blocks\.[45]\.attn1\.to_q"]}}
     expected = gradients(learner_with(tmp_path, deep, {}, **change))
-    streaming = learner_with(tmp_path, deep, STREAM, **change)
-    for _ in range(2):
-        assert_same(gradients(streaming), expected)
+    for engine in (STREAM, ONCE):
+        streaming = learner_with(tmp_path, deep, engine, **change)
+        for _ in range(2):
+            assert_same(gradients(streaming), expected)
 
 
 def test_measuring_between_steps_neither_changes_nor_is_changed(deep, tmp_path):
@@ -195,14 +207,15 @@ def test_an_exception_in_the_middle_of_a_pass_leaves_the_weights_in_order(deep, 
     def stop(*_: object) -> None:
         raise Stop
 
-    in_forward = block.ffn.register_forward_pre_hook(stop)
+    in_forward = block.ffn.net[0].proj.register_forward_pre_hook(stop)
     with pytest.raises(Stop):
         gradients(learner)
     in_forward.remove()
     assert_same(gradients(learner), expected)
 
     calls: list[int] = []
-    in_backward = block.ffn.register_forward_pre_hook(lambda *_: calls.append(0) or (len(calls) > 1 and stop()) or None)
+    inner = block.ffn.net[0].proj  # a layer with a hook is called, whoever computes the block
+    in_backward = inner.register_forward_pre_hook(lambda *_: calls.append(0) or (len(calls) > 1 and stop()) or None)
     with pytest.raises(Stop):
         gradients(learner)
     in_backward.remove()
@@ -237,10 +250,22 @@ def test_while_a_block_runs_only_the_ring_holds_streamed_weights(deep, tmp_path)
         seen.append(hosts.count(False))
 
     for block in learner.model.family.blocks(learner.model.network):
-        block.attn1.register_forward_pre_hook(look)
+        block.attn1.to_q.register_forward_pre_hook(look)
     gradients(learner)
     assert len(seen) == 2 * LAYERS
     assert max(seen) == 2
+
+
+def test_a_forward_pass_without_recomputation_leaves_two_blocks_weights_on_the_device(deep, tmp_path):
+    """While the graph waits for its backward pass."""
+    learner = learner_with(tmp_path, deep, ONCE)
+    stream = stream_of(learner)
+    with learner.model.adapters.use(ROLE):
+        loss = Given().loss("train", learner.model, batch_of(2), NoState(), None).total  # type: ignore[arg-type]
+    resident = [t for t in frozen_by_block(learner.model.network, ())[None] if id(t) not in stream.tensors]
+    ring = 2 * max(parcel.bytes for parcel in stream.parcels.values())
+    assert device_bytes(learner) == sum(t.nbytes for t in resident) + ring
+    assert loss.grad_fn is not None
 
 
 def test_weights_are_never_copied_back_and_each_pass_copies_what_it_must(deep, tmp_path):
@@ -258,13 +283,23 @@ def test_weights_are_never_copied_back_and_each_pass_copies_what_it_must(deep, t
 
 @pytest.mark.parametrize("backend", ["native", "peft"])
 def test_adapters_and_their_moments_never_move(deep, tmp_path, backend):
-    config = small_config(tmp_path, deep, engine=STREAM, adapter={"backend": backend}, schedule={"steps": 2})
+    """The optimizer lays them end to end at its first step; from then on they stay there."""
+    config = small_config(tmp_path, deep, engine=STREAM, adapter={"backend": backend}, schedule={"steps": 3})
     learner = learner_of(config)
-    taken = stream_of(learner).tensors
-    before = {name: (id(p), p.data_ptr()) for name, p in weights(learner).items()}
-    assert not taken & {identity for identity, _ in before.values()}
-    trained(learner, config, [batch_of(1)])
-    assert before == {name: (id(p), p.data_ptr()) for name, p in weights(learner).items()}
+    taken, places = stream_of(learner).tensors, []
+
+    class Noted(NoMilestones):
+        def is_due(self, learner: Learner) -> bool:
+            return True
+
+        def after_step(self, learner: Learner) -> None:
+            states = next(iter(learner.optimizers.values())).state
+            moments = [state[name].data_ptr() for state in states.values() for name in ("exp_avg", "exp_avg_sq")]
+            places.append(([(id(p), p.data_ptr()) for p in weights(learner).values()], moments))
+
+    assert not taken & {id(p) for p in weights(learner).values()}
+    trained(learner, config, [batch_of(1)], Noted())
+    assert len(places) == 3 and places[0] == places[1] == places[2]
 
 
 def test_a_state_dict_is_right_wherever_the_weights_are(deep, tmp_path):
@@ -275,74 +310,6 @@ def test_a_state_dict_is_right_wherever_the_weights_are(deep, tmp_path):
     found = learner.model.network.state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-
-
-# ---- A ring by itself -----------------------------------------------------------------------------------------------
-
-
-class Codes(nn.Module):
-    """A frozen layer of several small types, as quantized layers are."""
-
-    def __init__(self, value: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((3, 5), value, dtype=torch.int8), requires_grad=False)
-        self.register_buffer("codes", torch.full((7, 3), value / 8).to(torch.float8_e4m3fn))
-        self.register_buffer("scale", torch.full((2,), float(value)))
-        self.scalar = nn.Parameter(torch.tensor(value, dtype=torch.bfloat16), requires_grad=False)
-
-
-def parcels_of(modules: Sequence[nn.Module]) -> Iterator[Parcel]:
-    for module in modules:
-        yield Parcel(frozen_by_block(module, ())[None], pinned=False)
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
-
-
-def test_codes_scales_and_scalars_of_any_type_travel_bit_by_bit():
-    modules = [Codes(value) for value in (1, 2, 3)]
-    wanted = [copy.deepcopy(module.state_dict()) for module in modules]
-    parcels = list(parcels_of(modules))
-    ring = Ring(CPU, 2)
-    ring.make_room(parcels)
-    for parcel, following in ((0, 1), (1, 2), (2, 0), (0, None), (2, None)):
-        ring.enter(parcels[parcel], None if following is None else parcels[following])
-        inside = {slot.memory.untyped_storage().data_ptr() for slot in ring.slots}
-        assert all(t.untyped_storage().data_ptr() in inside for t in parcels[parcel].tensors)
-        for module, state in zip(modules, wanted, strict=True):
-            for name, tensor in module.state_dict().items():
-                assert tensor.dtype == state[name].dtype
-                assert torch.equal(bits(tensor), bits(state[name])), name
-
-
-def test_autograd_finds_out_that_a_weight_it_kept_has_left_the_ring():
-    layers = [nn.Linear(3, 3).requires_grad_(False) for _ in range(2)]
-    parcels = list(parcels_of(layers))
-    ring = Ring(CPU, 1)
-    ring.make_room(parcels)
-    ring.enter(parcels[0])
-    answer = layers[0](torch.randn(2, 3, requires_grad=True))
-    ring.enter(parcels[1])
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        answer.sum().backward()
-
-
-def test_verified_streaming_finds_and_mends_a_wrong_copy(deep, tmp_path, monkeypatch):
-    from weft.engines import transfer
-
-    elsewhere = torch.device("cpu", 0)  # to torch another device than the cpu, so that a copy is made
-    layers = [nn.Linear(64, 64).requires_grad_(False) for _ in range(3)]
-    wanted = [layer.weight.clone() for layer in layers]
-    routes = (transfer.Route("zeros", lambda t, d: torch.zeros_like(t)), *transfer.routes())
-    monkeypatch.setattr(transfer, "routes", lambda: routes)
-    parcels = list(parcels_of(layers))
-    ring = Ring(elsewhere, 2, verified=True)
-    ring.make_room(parcels)
-    with pytest.warns(UserWarning, match="by zeros"):
-        for parcel, layer, weight in zip(parcels, layers, wanted, strict=True):
-            ring.enter(parcel)
-            assert torch.equal(layer.weight, weight)
 
 
 def test_weights_are_read_to_where_they_live():

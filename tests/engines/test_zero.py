@@ -75,7 +75,9 @@ def alone(model: Path) -> dict[str, Learned]:
     found = all_learned(model, WHAT)
     before = register_module_forward_pre_hook(lambda module, inputs: passed(inputs))
     after = register_module_forward_hook(lambda module, inputs, output: passed(output))
-    found["zero3 bf16"] = all_learned(model, {"bf16": WHAT["bf16"]})["bf16"]
+    # Under its hooks the modules themselves are called, which round bf16 in other places than fused and lean ones.
+    called = replace(WHAT["bf16"], family={"lean": False}, adapter={"fused": False})
+    found["zero3 bf16"] = all_learned(model, {"bf16": called})["bf16"]
     before.remove()
     after.remove()
     return found
@@ -208,7 +210,7 @@ def test_a_state_comes_out_of_zero_as_it_went_in_bit_for_bit(went_on):
 def test_a_gradient_that_is_not_finite_on_one_process_moves_nothing_on_any(went_on, zero):
     for said in went_on:
         spoilt = said[zero]["spoilt"]
-        assert not spoilt["stepped"].moved and not spoilt["stepped"].overflow
+        assert not spoilt["stepped"].moved and not spoilt["stepped"].scaled
         assert spoilt["moved"] == [] and spoilt["same"]
 
 

@@ -39,7 +39,7 @@ def taught(folder: Path, engine: Engine, backend: str, copies: int) -> dict[str,
             loss = model.losses(tokens).sum() / 10
             engine.backward(copies * loss, last=True)
         losses.append(float(loss.detach()))
-        norms.append(engine.step(optimizer, 1.0).norm)
+        norms.append(float(engine.step(optimizer, 1.0).norm))
     return {
         "losses": losses,
         "norms": norms,

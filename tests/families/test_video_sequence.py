@@ -15,6 +15,7 @@ from weft.adapters.modules import layers_of
 from weft.engines.recompute import recompute
 from weft.engines.ring import Method, sequence_ranks
 from weft.families.hunyuan_video import HunyuanVideo
+from weft.families.lean_hunyuan import make_lean
 from weft.families.wan import Wan
 
 # Relative, of the velocity and of all gradients together: fp32 rounds at 6e-8, and sums are taken in another order.
@@ -50,6 +51,13 @@ def joint(**change: Any) -> Question:
     return network, {**hunyuan_inputs(network, 2), "encoder_attention_mask": mask}
 
 
+def lean_joint(mask: bool = True, **change: Any) -> Question:
+    """The same by Weft's own forward; without a mask where all of the text is text."""
+    network, inputs = joint(**change)
+    make_lean(network)
+    return network, inputs if mask else {**inputs, "encoder_attention_mask": None}
+
+
 # question, backend of the adapters, method, blocks recomputed
 CASES: dict[str, tuple[Callable[[], Question], str, Method, bool]] = {
     "text to video": (text_to_video, "native", "ulysses", False),
@@ -64,6 +72,10 @@ CASES: dict[str, tuple[Callable[[], Question], str, Method, bool]] = {
     "joint attention, no double blocks": (lambda: joint(num_layers=0), "native", "ulysses", False),
     "joint attention, three heads": (lambda: joint(num_attention_heads=3), "native", "auto", False),
     "joint attention, a ring": (joint, "peft", "ring", True),
+    "joint attention, lean": (lean_joint, "native", "ulysses", False),
+    "joint attention, lean, no mask, a ring": (lambda: lean_joint(mask=False), "native", "ring", True),
+    "joint attention, lean, three heads": (lambda: lean_joint(num_attention_heads=3), "peft", "auto", False),
+    "joint attention, lean, no double blocks": (lambda: lean_joint(num_layers=0), "native", "ulysses", False),
 }
 
 

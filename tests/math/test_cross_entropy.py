@@ -1,11 +1,14 @@
 """Losses of tokens without the logits of all: against PyTorch's own, value and gradient, and by memory."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from weft.math.cross_entropy import PLAIN, Head, Logits, head_losses, losses_through
+from weft.math.cross_entropy import PLAIN, Head, Logits, head_losses, losses_through, rows_of
 
 FORMS = [PLAIN, Logits(scale=0.25), Logits(cap=3.0), Logits(scale=2.0, cap=5.0)]
 N, D, V = 11, 8, 37
@@ -107,3 +110,41 @@ def test_never_more_logits_exist_than_a_part_has() -> None:
         head_losses(x, labels, Head(weight), rows=2).sum().backward()
     assert max(largest) == V * D  # the weight's own size (its view); 2 rows of logits have 2 V, all of them N V
     assert 2 * V < V * D < N * V
+
+
+# ---- What it costs --------------------------------------------------------------------------------------------------
+
+
+class Made(TorchDispatchMode):
+    """Notes the sizes of all tensors that are made, and multiplications of matrices by (rows, inner, columns)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+        self.multiplications = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if str(func).split(".")[1] in ("mm", "addmm"):
+            left, right = args[-2:]
+            self.multiplications += left.shape[0] * left.shape[1] * right.shape[1]
+        self.shapes |= {tuple(t.shape) for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, Tensor)}
+        return out
+
+
+@pytest.mark.parametrize("tokens", [12, 24])
+def test_a_frozen_head_multiplies_twice_a_token_and_makes_no_whole_logits_and_no_own_gradient(tokens: int) -> None:
+    """Once for logits and once for the gradient of the hidden state: 2 N D V, of learned tokens alone."""
+    chance = torch.Generator().manual_seed(4)
+    x = torch.randn(tokens, D, generator=chance).requires_grad_()
+    weight, labels = torch.randn(V, D, generator=chance), torch.randint(V, (tokens,), generator=chance)
+    with Made() as made:
+        head_losses(x, labels, Head(weight), rows=4).sum().backward()
+    assert made.multiplications == 2 * tokens * D * V
+    assert (4, V) in made.shapes and (tokens, V) not in made.shapes
+    assert (V, D) not in made.shapes  # (D, V) is the weight itself, seen from the other side
+
+
+def test_logits_that_exist_at_once_are_2_to_the_27() -> None:
+    """512 MiB in fp32: 883 tokens of Qwen3's 151,936 words, 4194 of Llama's 32,000."""
+    assert (rows_of(151_936), rows_of(32_000)) == (883, 4194)

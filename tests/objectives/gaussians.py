@@ -114,7 +114,7 @@ class Roles:
         for key, p in self.parameters(name).items():
             p.copy_(tensors[key])
 
-    def after_step(self, name: str) -> Mapping[str, float]:
+    def after_step(self, name: str, moved: Tensor | None = None) -> Mapping[str, Tensor]:
         return {}
 
 

@@ -68,8 +68,9 @@ def really_held(config: RunConfig, shape: Shape) -> tuple[int, int]:
     """What a real step's memory is after its forward pass, and at its peak."""
     learner, loss = ready(config, shape)
     with learner.model.adapters.use(learner.shown[0]), LiveBytes() as live:
-        if learner.engine.inputs is not None:
-            learner.engine.inputs.host_memory = live.ignoring
+        for sender in (learner.engine.inputs, learner.engine.activations):
+            if sender is not None:
+                sender.host_memory = live.ignoring
         total = loss()
         kept = live.now
         total.backward()

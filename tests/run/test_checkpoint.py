@@ -3,13 +3,17 @@
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.learners import batch_of, frozen, learner_of, small_config, trained, weights
+from tests.learners import FixedStream, NoMilestones, batch_of, frozen, learner_of, small_config, trained, weights
 from tests.small import make_wan
 from weft.errors import ModelError, RunError
 from weft.run.checkpoint import CheckpointWriter, read_checkpoint, restore_learner, whole_state
@@ -17,6 +21,9 @@ from weft.run.checkpoint_folders import damage, find_checkpoint, list_checkpoint
 from weft.run.folder import is_disk_full, remove_leftovers
 from weft.run.learner import Learner
 from weft.run.retention import Retention, due_by_epoch
+from weft.run.train import Course, train
+
+aten: Any = torch.ops.aten
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +70,7 @@ def test_what_is_written_in_the_background_is_the_state_at_the_time_of_the_call(
     before = frozen(weights(learner))
     writer = writer_of(tmp_path, background=True)
     writer.save(learner, {})
+    learner.hold()
     with torch.no_grad():
         for parameter in weights(learner).values():
             parameter.zero_()
@@ -74,7 +82,7 @@ def test_what_is_written_in_the_background_is_the_state_at_the_time_of_the_call(
 def test_what_belongs_beside_a_checkpoint_is_written_before_it(learner, tmp_path):
     writer = writer_of(tmp_path, background=True)
     seen: list[bool] = []
-    writer.save(learner, {}, beside=lambda: seen.append(bool(list_checkpoints(tmp_path))))
+    writer.save(learner, {}, beside=lambda tensors: seen.append(bool(list_checkpoints(tmp_path))))
     writer.wait()
     assert seen == [False] and len(list_checkpoints(tmp_path)) == 1
 
@@ -157,7 +165,7 @@ def test_checkpoints_go_once_the_next_is_whole_and_adapters_when_asked(learner, 
     writer = writer_of(tmp_path, newest=1, best=1, adapters=adapters)
     there: dict[int, list[int]] = {}
 
-    def note() -> None:
+    def note(tensors: Any) -> None:
         there[learner.step] = [step_of(folder) for folder in list_checkpoints(tmp_path)]
 
     for learner.step, loss in ((10, 0.3), (20, 0.5), (30, None)):
@@ -197,3 +205,73 @@ def test_saves_by_passes_over_the_data_come_at_every_multiple_and_once():
     assert [n for n in range(4, 31, 4) if due_by_epoch(n - 4, n, 30, 0.1)] == list(range(4, 31, 4))
     assert [n for n in range(4, 101, 4) if due_by_epoch(n - 4, n, 30, 1.5)] == [48, 92]
     assert not due_by_epoch(0, 100, None, 1.0) and not due_by_epoch(0, 100, 30, 0)
+
+
+class Slow(dict[str, Tensor]):
+    """Tensors beside a checkpoint that nobody can read before a word is given."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.word = Event()
+
+    def items(self) -> Any:
+        assert self.word.wait(60)
+        return super().items()
+
+
+class Made(TorchDispatchMode):
+    """The numbers of fp32 that this thread copies."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (aten.clone, aten._to_copy, aten.copy_) and out.dtype == torch.float32:
+            self.numbers += out.numel()
+        return out
+
+
+def test_the_loop_itself_copies_nothing_at_a_save_and_does_not_wait_for_it(learner, tmp_path):
+    writer, slow = writer_of(tmp_path, background=True), Slow({"x": torch.ones(2)})
+    with Made() as made:
+        writer.save(learner, {}, tensors=slow)
+        assert made.numbers == 0
+        torch.ones(2).clone()
+        assert made.numbers == 2
+    assert writer.done() == [] and learner.copying is not None
+    slow.word.set()
+    writer.wait()
+    assert len(writer.done()) == 1
+
+
+def test_a_step_that_begins_while_the_copy_is_made_waits_and_the_old_numbers_are_saved(model, tmp_path):
+    config = small_config(tmp_path, model, schedule={"steps": 3}, ema={"decay": 0.5})
+    learner = learner_of(config)
+    course = Course(config.schedule, NoMilestones(), lambda event: None)
+    streams: list[Any] = [FixedStream([batch_of(2)], last) for last in (2, 3)]
+    train(learner, streams[:1], course)
+    before, averages = frozen(weights(learner)), frozen(learner.ema["default"].tensors)
+    writer, slow = writer_of(tmp_path, background=True), Slow({"x": torch.ones(2)})
+    writer.save(learner, {}, tensors=slow)
+    step = Thread(target=train, args=(learner, streams[1:], course))
+    step.start()
+    step.join(0.5)
+    assert step.is_alive() and all(torch.equal(t, before[name]) for name, t in weights(learner).items())
+    slow.word.set()
+    step.join(60)
+    writer.wait()
+    assert learner.step == 3 and not any(torch.equal(t, before[name]) for name, t in weights(learner).items())
+    saved = whole_state(read_checkpoint(writer.done()[0]))
+    assert saved["step"] == 2 and saved["optimizers"]["default"]["state"].keys() == before.keys()
+    assert all(entry["step"] == 2 for entry in saved["optimizers"]["default"]["state"].values())
+    assert all(torch.equal(saved["adapters"]["default"][name], tensor) for name, tensor in before.items())
+    assert all(torch.equal(saved["ema"]["default"][name], tensor) for name, tensor in averages.items())
+
+
+def test_a_copy_that_fails_holds_no_step_back_and_is_told(learner, tmp_path):
+    writer = writer_of(tmp_path, background=True)
+    tensors: Any = {"x": "no tensor"}
+    writer.save(learner, {}, tensors=tensors)
+    learner.hold()
+    with pytest.raises(RunError, match="a checkpoint could not be written"):
+        writer.wait()

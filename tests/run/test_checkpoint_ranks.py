@@ -17,7 +17,8 @@ from weft.math.sharded import whole
 from weft.run.checkpoint import CheckpointWriter, read_checkpoint, restore_learner, whole_state
 from weft.run.checkpoint_folders import damage, find_checkpoint, list_checkpoints, step_of
 from weft.run.checkpoint_tree import learner_state, pack
-from weft.run.learner import Learner, MovingAverage
+from weft.run.learner import Learner
+from weft.run.moving_average import MovingAverage
 from weft.run.retention import Retention
 
 ENGINES = {

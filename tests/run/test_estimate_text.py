@@ -18,7 +18,7 @@ from weft.engines.parallel import Layout
 from weft.errors import ConfigError
 from weft.run.assemble import assemble
 from weft.run.config import RunConfig
-from weft.run.estimate import Card, activations, composed, equal_blocks, estimate, held
+from weft.run.estimate import Card, Held, activations, composed, equal_blocks, estimate, held
 from weft.run.layouts import check_layout
 from weft.run.questions import Row, answered
 from weft.run.rehearsal import LiveBytes
@@ -244,7 +244,8 @@ def test_what_a_rank_of_fsdp_keeps_between_steps_is_its_planned_part(qwen, tmp_p
 def test_a_layout_changes_each_part_of_an_estimate_as_it_should(qwen, tmp_path):
     config, card = text_config(tmp_path, qwen), Card(gpu=True, memory=None)
     one, many = (
-        composed(config, 10**6, {"default": 16_000}, card, layout) for layout in (Layout(), Layout(data=4, shard=8))
+        composed(config, Held(0, 10**6), {"default": 16_000}, card, layout)
+        for layout in (Layout(), Layout(data=4, shard=8))
     )
     assert many.adapter == one.adapter // 8
     assert many.activations == one.activations

@@ -180,7 +180,8 @@ def test_each_micro_batch_and_each_question_of_a_validation_is_a_sign(plain, mon
     train_run(config_of(plain, **change, objective={"validation_times": [0.25, 0.75]}), told.append)
     kinds = [event.kind if event else None for event in told]
     learned = kinds[told.index(PhaseStarted(phase="training", total=1)) : kinds.index("step")]
-    assert learned.count(None) == 3 * 2 + 1  # of a micro-batch its question and its end; the step's own event
+    # Of a micro-batch its question and its end; the step's own event, and what is told once of the attention.
+    assert learned.count(None) == 3 * 2 + 1 + learned.count("notice")
     measured = kinds[told.index(PhaseStarted(phase="validating")) : kinds.index("evaluated")]
     assert measured.count(None) == 2 * 2 + 1  # at two times with the adapter and without it; the event
 

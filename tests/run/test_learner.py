@@ -10,7 +10,8 @@ from torch.testing import assert_close
 from weft.contracts import DEFAULT, Rng
 from weft.engines.single_device import SingleEngine
 from weft.objectives.flow_matching import FlowMatching
-from weft.run.learner import Learner, MovingAverage
+from weft.run.learner import Learner
+from weft.run.moving_average import MovingAverage
 from weft.run.pace import Pace
 
 

@@ -1,9 +1,6 @@
 """weft merge: the average of what adapters change, against dense matrices."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import torch
 import yaml
 from torch.testing import assert_close
 
+from tests.program import Program
 from tests.small import make_clips, merged
 from weft.cli.main import main
 from weft.cli.merge import run as merge
@@ -188,9 +186,9 @@ def test_two_independent_processes_and_their_average(plain, tmp_path, capsys):
         }  # fmt: skip
         file = tmp_path / f"{number}.yaml"
         file.write_text(yaml.safe_dump(merged(merged(plain, quick), change)))
-        command = [sys.executable, "-m", "weft.cli.main", "train", str(file)]
-        processes.append(subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}))
-    assert [process.wait(timeout=280) for process in processes] == [0, 0]
+        processes.append(Program(["train", str(file)]))
+    said = [process.communicate(timeout=280)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
     runs = [tmp_path / "runs" / f"run_gpu{number}" for number in (0, 1)]
     out = tmp_path / "runs" / "run_average"
     assert main(["merge", "--average", str(runs[0] / "adapter"), str(runs[1]), "--out", str(out)]) == 0

@@ -17,7 +17,8 @@ from weft.contracts import Model, Rng
 from weft.data.buckets import Bucket
 from weft.engines.parallel import Layout
 from weft.errors import ConfigError
-from weft.run.bench import bench, flops_by_phase, warm_up_of
+from weft.run.bench import bench, warm_up_of
+from weft.run.bench_work import flops_by_phase
 from weft.run.config import RunConfig
 from weft.run.estimate import Card, Estimate, Held, equal_blocks, held_by_phase
 from weft.run.ladder import changed_config
@@ -130,11 +131,10 @@ def test_a_model_that_takes_a_clean_frame_is_rehearsed_with_one(tmp_path):
 
 def test_a_long_row_of_blocks_is_rehearsed_in_short_with_all_roles(tmp_path, monkeypatch):
     quick = {"steps": 1, "guidance": 1.0}
-    config = dmd_config(tmp_path, make_wan(tmp_path / "three", layers=3), roles=FULL_CRITIC, objective=quick)
-    assert equal_blocks(config) == 3
-    monkeypatch.setattr("weft.run.estimate.DEPTH", 1)
+    config = dmd_config(tmp_path, make_wan(tmp_path / "five", layers=5), roles=FULL_CRITIC, objective=quick)
+    assert equal_blocks(config) == 5
     short = held_by_phase(config, SMALL)
-    monkeypatch.setattr("weft.run.estimate.DEPTH", 3)
+    monkeypatch.setattr("weft.run.estimate.DEPTH", 5)
     assert short == held_by_phase(config, SMALL)
 
 

@@ -16,12 +16,14 @@ from weft.cli.plan import print_plan, processes_of
 from weft.contracts import Batch
 from weft.engines.parallel import Layout
 from weft.errors import ConfigError, RunError
-from weft.run.bench import bench, model_flops
+from weft.run.bench import bench
+from weft.run.bench_work import model_flops
 from weft.run.config import RunConfig
 from weft.run.estimate import Card
-from weft.run.ladder import changed_config, ladder
+from weft.run.ladder import changed_config, ladder, needed
 from weft.run.plan import Plan, plan
 from weft.run.questions import Row
+from weft.run.rungs import sharded
 from weft.run.shortage import explained, naming
 from weft.run.train import shape_of
 
@@ -139,14 +141,19 @@ def test_rungs_of_text_chunk_the_losses_first_and_shorten_rows_last(talk, monkey
     assert "cache" not in names
 
 
-def test_where_there_are_several_gpus_weights_are_spread_over_no_more_than_must_be(talk, monkeypatch):
+@pytest.mark.parametrize("sent", [False, True])
+def test_where_there_are_several_gpus_weights_are_spread_over_no_more_than_must_be(talk, monkeypatch, sent):
+    """And what an earlier rung has sent to host memory comes back, for it does not go with spread weights."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    config = text_config(talk, engine={"recompute": True}, optimizer={"kind": "adamw8bit"})
-    rung = next(rung for rung in ladder(config, [Row(128)], 1, CARD) if rung.name == "shard")
-    assert rung.changes == ("parallel.data=1", "parallel.shard=4")
-    spread = changed_config(config, {"parallel.data": 1, "parallel.shard": 4})
+    config = text_config(talk, engine={"recompute": True, "offload_inputs": sent}, optimizer={"kind": "adamw8bit"})
+    step = sharded(needed(config, Row(128), CARD), 1)
+    assert step is not None
+    back = {"engine.offload_inputs": False} if sent else {}
+    assert step.changes == {"parallel.data": 1, "parallel.shard": 4, **back}
+    spread = changed_config(config, step.changes)
     assert spread is not None and spread.parallel.least() == Layout(1, 4, 1)
-    assert "weft train --gpus 4" in rung.cost
+    spread.engine.check(Layout(1, 4, 1))
+    assert "weft train --gpus 4" in step.cost
 
 
 def test_a_shortage_in_text_names_rows_their_length_and_what_helps(talk):
@@ -157,7 +164,7 @@ def test_a_shortage_in_text_names_rows_their_length_and_what_helps(talk):
         raise torch.OutOfMemoryError("CUDA out of memory.")
     said = str(caught.value)
     assert "out of memory on cpu in forward, 2 rows of 128 tokens" in said
-    assert "1. engine.recompute=true  (" in said
+    assert "1. engine.recompute=selective  (" in said
 
 
 # ---- Speed ----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from weft.errors import ConfigError, ModelError
 from weft.formats.adapter_file import SavedAdapter
 from weft.formats.peft import PeftFolder
 from weft.formats.reading import read_adapter
-from weft.run.learner import MovingAverage
+from weft.run.moving_average import MovingAverage
 from weft.run.post_hoc import Profile, averaged, found_snapshots, gamma_of
 from weft.run.start import train_run
 

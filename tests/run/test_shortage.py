@@ -65,9 +65,9 @@ def test_a_real_shortage_ends_with_bucket_phase_peak_and_three_remedies(world, t
     assert f"out of memory on cpu in {doing}, bucket 17x240x416 at batch 8" in said
     assert "can't allocate memory" in said
     assert "At its peak it held" in said and "GiB of" in said
-    assert "1. engine.recompute=true  (" in said
-    assert "2. optimizer.kind=adamw8bit  (" in said
-    assert "3. " in said
+    assert "1. engine.recompute=selective  (" in said
+    assert "2. engine.recompute=true  (" in said
+    assert "3. optimizer.kind=adamw8bit  (" in said
     assert "During handling" not in said
 
 
@@ -171,7 +171,7 @@ def test_a_whole_run_that_runs_out_of_memory_says_so_in_its_log_and_goes_on_when
     said = "out of memory on cpu in forward, bucket 33x128x128 at batch 24"
     with pytest.raises(RankFailed, match=said) as failed:
         spawn(1, train_short, plain, timeout=300)
-    assert "  1. engine.recompute=true  (" in str(failed.value)
+    assert "  1. engine.recompute=selective  (" in str(failed.value)
     log = (tmp_path / "runs" / "run" / "events.rank0.jsonl").read_text().splitlines()
     last = json.loads(log[-1])
     assert (last["event"], last["outcome"]) == ("run_ended", "failed") and said in last["reason"]

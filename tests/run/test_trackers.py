@@ -1,15 +1,14 @@
 """Trackers hear what the run's own log hears: read back with each program's own reader."""
 
 import json
-import os
 import sqlite3
-import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.multi import spawn
 from weft import events
 from weft.errors import ConfigError
 from weft.events import Event, Notice
@@ -106,18 +105,17 @@ def wandb_records(file: Path):
             yield record
 
 
-def test_trackio_has_every_number_of_the_run(plain, tmp_path) -> None:
+def tracked_by_trackio(plain: dict[str, Any], folder: Path) -> list[str]:
+    """What a run says beside its numbers."""
+    heard: list[Event] = []
+    told(plain, folder, "trackio", heard, project="looms")
+    return [str(event) for event in heard]
+
+
+def test_trackio_has_every_number_of_the_run(plain, tmp_path, monkeypatch) -> None:
     # It looks for its folder once, when it is imported: hence a process of its own.
-    (tmp_path / "plain.json").write_text(json.dumps(plain))
-    code = f"""
-import json, pathlib
-from tests.run.test_trackers import told
-heard, here = [], pathlib.Path({str(tmp_path)!r})
-told(json.loads((here / "plain.json").read_text()), here, "trackio", heard, project="looms")
-assert heard == [], heard
-"""
-    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio")}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    assert spawn(1, tracked_by_trackio, plain, tmp_path) == [[]]
     (file,) = (tmp_path / "trackio").rglob("looms.db")
     rows = sqlite3.connect(file).execute("select step, metrics from metrics order by step, id").fetchall()
     assert [(step, json.loads(text).get("train/loss")) for step, text in rows][:2] == [(1, 1.0), (2, 0.5)]

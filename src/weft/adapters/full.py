@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, Self
 
 from pydantic import Field, model_validator
 
-from weft.adapters.recipe import Earlier, Recipe
+from weft.adapters.recipe import Earlier, OnLayers
 from weft.adapters.targets import Aliases, Shapes, TargetReport, match_targets
 from weft.errors import ConfigError
 
@@ -23,7 +23,7 @@ NO_FILES = (
 )
 
 
-class FullChange(Recipe):
+class FullChange(OnLayers):
     """W + D, D of any rank and beginning at zero: what full fine-tuning can learn, on a base that stays.
 
     D is kept in fp32 beside W, so it costs four bytes a weight, and its gradient and AdamW's moments twelve more. Its

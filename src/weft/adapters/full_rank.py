@@ -6,7 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from weft.adapters.hooked import Change, met
+from weft.adapters.fused import met
+from weft.adapters.hooked import Change
 from weft.adapters.low_rank import Product
 from weft.adapters.named import UNSET
 

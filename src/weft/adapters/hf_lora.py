@@ -6,10 +6,11 @@ from functools import partial
 
 import torch
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 
 from weft.adapters.dropout import RankDropout
+from weft.adapters.fused import Narrow, Strength
 from weft.adapters.lora import Lora
 from weft.adapters.low_rank import Product
 
@@ -45,6 +46,45 @@ def complete(recipe: Lora, wrappers: Mapping[str, nn.Module], name: str) -> None
             # LoraConfig knows dropout on the input only. What A puts out are the rank activations, so the other three
             # kinds stand there; B has no bias, so a zero there skips the whole layer's change.
             wrapper.lora_A.get_submodule(name).register_forward_hook(partial(_thin, dropout, product))
+
+
+class PeftFactors:
+    """A and B of one LoRA in a wrapper of PEFT."""
+
+    def __init__(self, wrapper: LoraLayer, name: str) -> None:
+        self.wrapper, self.name = wrapper, name
+        self.narrow: Narrow | None = None
+        self.strength = Strength(wrapper.scaling[name])
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """A and B as they are at the moment."""
+        a, b = (factors._modules[self.name] for factors in (self.wrapper.lora_A, self.wrapper.lora_B))
+        assert a is not None and b is not None
+        return a._parameters["weight"], b._parameters["weight"]  # pyright: ignore[reportReturnType]
+
+
+class Scales(dict[str, float]):
+    """PEFT's scales of a wrapper, by name: who sets one, as PEFT's own calls do, sets that which is multiplied with."""
+
+    def __init__(self, scales: Mapping[str, float]) -> None:
+        super().__init__(scales)
+        self.strengths: dict[str, Strength] = {}
+
+    def __setitem__(self, name: str, scale: float) -> None:
+        super().__setitem__(name, scale)
+        if name in self.strengths:
+            self.strengths[name].set(scale)
+
+
+def factors_in(wrapper: nn.Module, name: str) -> PeftFactors | None:
+    """A and B of one LoRA on a linear layer; None where PEFT has a forward of its own for the layer."""
+    if type(wrapper) is not Linear or not isinstance(wrapper.get_base_layer(), nn.Linear):
+        return None
+    factors = PeftFactors(wrapper, name)
+    scales = wrapper.scaling if isinstance(wrapper.scaling, Scales) else Scales(wrapper.scaling)
+    scales.strengths[name] = factors.strength
+    wrapper.scaling = scales
+    return factors
 
 
 class DownTwice(nn.Module):

@@ -3,17 +3,19 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft.functional import inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from weft.adapters.fused import Factors, InUse, NarrowCopies, added, fuse, fused, told
 from weft.adapters.modules import layers_at
-from weft.adapters.named import UNSET
+from weft.adapters.named import UNSET, Chance, begin_layers
 from weft.adapters.recipe import Recipe, Standing
 from weft.errors import ModelError
+from weft.projection import CHANGE, LowRank, Opaque, counted
 
 if TYPE_CHECKING:
 
@@ -34,14 +36,23 @@ class PeftAdapters:
         self._inject(network)
         self.wrappers = {name: _wrappers_of(network, name, recipe) for name, recipe in self.recipes.items()}
         self._shared: dict[int, Shared] = {}
+        self._now = InUse()
         for name, recipe in self.recipes.items():
             _check_paths(list(self.wrappers[name]), list(self.layers[name]))
             for wrapper in self.wrappers[name].values():
-                self._shared.setdefault(id(wrapper), Shared(wrapper, recipe)).names.add(name)
+                self._shared.setdefault(id(wrapper), Shared(wrapper, self._now)).recipes[name] = recipe
         for shared in self._shared.values():
             shared.begin()
         for name, recipe in self.recipes.items():
             recipe.complete(self.wrappers[name], name)
+        for shared in self._shared.values():
+            shared.tell()
+        # What a switch goes through: wrappers that need nothing of PEFT's own forward follow by themselves.
+        self._switched = [shared for shared in self._shared.values() if not shared.follows]
+        self._factors = {
+            name: [f for shared in self._shared.values() if (f := shared.factors.get(name))] for name in self.names
+        }
+        self.copies = {name: NarrowCopies() for name in self.names}
         # Modules and the names of their parameters, not parameters: engines replace those.
         holders = [module for shared in self._shared.values() for module in shared.holders()]
         self._trained = [(module, key) for module in holders for key, _ in module.named_parameters(recurse=False)]
@@ -78,6 +89,10 @@ class PeftAdapters:
         """The frozen layer under a path."""
         return next(layers[path] for layers in self.layers.values() if path in layers)
 
+    def begin(self, name: str, chance: Chance) -> None:
+        """Give an adapter its first values."""
+        begin_layers(self, self.recipes[name], name, chance)
+
     def answer(self, name: str | None) -> None:
         """Answer under one adapter, or with None under none of these, from now on: a recomputed block of a pending
         backward asks no network."""
@@ -91,19 +106,24 @@ class PeftAdapters:
 
     def _before_forward(self, network: nn.Module, inputs: object) -> None:
         self._switch(self.wanted)
+        name = self.in_use
+        if name is not None and self._factors[name] and not torch.compiler.is_compiling():
+            self.copies[name].renew(self._factors[name])
 
     def _switch(self, name: str | None) -> None:
         if name == self.in_use:
+            return
+        self.in_use = self._now.name = name
+        if not self._switched:
             return
         # PEFT's calls also freeze whatever is not in use. A parameter that is frozen while its graph waits for the
         # backward pass loses its gradient without an error, so the flags are put back.
         trained = [module.get_parameter(key) for module, key in self._trained]
         flags = [parameter.requires_grad for parameter in trained]
-        for shared in self._shared.values():
+        for shared in self._switched:
             shared.answer(name)
         for parameter, flag in zip(trained, flags, strict=True):
             parameter.requires_grad_(flag)
-        self.in_use = name
 
 
 @dataclass
@@ -111,30 +131,82 @@ class Shared:
     """A wrapper, and those of the adapters that stand in it; all are of one kind."""
 
     wrapper: "Wrapper"
-    recipe: Recipe
-    names: set[str] = field(default_factory=set)
+    now: InUse
+    recipes: dict[str, Recipe] = field(default_factory=dict)
+    factors: dict[str, Factors] = field(default_factory=dict)  # of those that are plain LoRAs
+
+    @property
+    def follows(self) -> bool:
+        """Whether it answers under each of them without PEFT's forward."""
+        return len(self.factors) == len(self.recipes) and not any(recipe.drops for recipe in self.recipes.values())
 
     def holders(self) -> list[nn.Module]:
         """The modules that hold tensors of its adapters."""
-        return [module for kind in self.recipe.tensors for module in self.wrapper.get_submodule(kind).modules()]
+        (kinds,) = {recipe.tensors for recipe in self.recipes.values()}
+        return [module for kind in kinds for module in self.wrapper.get_submodule(kind).modules()]
 
     def begin(self) -> None:
         """Give a fresh wrapper memory, and what it lacks."""
         base = self.wrapper.get_base_layer()
         self.wrapper.train(base.training)  # PEFT's wrappers are born in training mode, whatever the network's
-        if not self.recipe.keeps_dtype:
+        if not next(iter(self.recipes.values())).keeps_dtype:
             KeepDtype().watch(base, self.wrapper)
         for module in self.holders():
             _give_memory(module, next(base.parameters()).device)
 
+    def tell(self) -> None:
+        """Let the wrapper tell what its adapters add, and multiply with those that are plain LoRAs."""
+        for name, recipe in self.recipes.items():
+            factors = recipe.factors(self.wrapper, name)
+            if factors is not None:
+                self.factors[name] = factors
+        vars(self.wrapper)[CHANGE] = self.told
+        if self.factors:
+            fuse(self.wrapper, FusedWrapper(self).forward)
+
+    def told(self) -> LowRank | Opaque | None:
+        """What the adapter in use adds, here or on a layer inside the wrapper."""
+        own = self.own()
+        tell: Any = self.wrapper.base_layer.__dict__.get(CHANGE)
+        inside: LowRank | Opaque | None = tell() if tell else None
+        return inside if own is None else own if inside is None else Opaque("two adapters answer at once")
+
+    def own(self) -> LowRank | Opaque | None:
+        """What the adapter in use adds here; None where it stands elsewhere."""
+        name = self.now.name
+        if name is None or name not in self.recipes:
+            return None
+        factors, recipe = self.factors.get(name), self.recipes[name]
+        if factors is None:
+            return Opaque(f"a {recipe.kind} that is more than two factors, or not to be fused")
+        return Opaque("a dropout acts") if self.wrapper.training and recipe.drops else told(factors)
+
     def answer(self, name: str | None) -> None:
         """Let one of its adapters answer; none for a name that is not here."""
-        here = name in self.names
+        here = name in self.recipes
         # Each of these calls walks over all weights of a layer, so only what changes is called.
         if here and name is not None and self.wrapper.active_adapters != [name]:
             self.wrapper.set_adapter(name)
         if self.wrapper.disable_adapters == here:
             self.wrapper.enable_adapters(here)
+
+
+class FusedWrapper:
+    """The forward of a wrapper in which plain LoRAs stand, and perhaps others."""
+
+    def __init__(self, shared: Shared) -> None:
+        self.shared = shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        wrapper = self.shared.wrapper
+        answer, bare = fused(wrapper, x)
+        if answer is not None:
+            return answer
+        if not self.shared.follows:
+            return type(wrapper).forward(wrapper, x)
+        base = cast(nn.Module, wrapper.base_layer)  # perhaps another wrapper
+        output, own = base(x), None if bare else self.shared.own()
+        return added(x, output, own) if isinstance(own, LowRank) else output
 
 
 @dataclass
@@ -147,6 +219,8 @@ class KeepDtype:
     def watch(self, base: nn.Module, wrapper: nn.Module) -> None:
         base.register_forward_hook(self._note)
         wrapper.register_forward_hook(self._keep)
+        counted(base)
+        counted(wrapper)
 
     def _note(self, base: nn.Module, inputs: object, output: Tensor) -> None:
         self.dtype = output.dtype
@@ -160,6 +234,7 @@ def without_chance(wrappers: Mapping[str, nn.Module]) -> None:
     in 2^24 would leave the change out, and a rehearsal on fake tensors has no numbers."""
     for wrapper in wrappers.values():
         wrapper.register_forward_pre_hook(_rest)
+        counted(wrapper)
 
 
 def _rest(wrapper: nn.Module, inputs: object) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from weft.adapters.recipe import Earlier, Recipe
+from weft.adapters.recipe import Earlier, OnLayers
 from weft.adapters.targets import Aliases, Shapes, TargetReport, match_targets
 from weft.errors import ConfigError
 
@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import Tensor, nn
 
-    from weft.adapters.hf_peft import PeftAdapters
-    from weft.adapters.hooked import Change, HookedAdapters
+    from weft.adapters.fused import Factors
+    from weft.adapters.hooked import Change
+    from weft.adapters.named import Carrier
 
 
-class Lora(Recipe):
+class Lora(OnLayers):
     """LoRA on linear layers: W + scale B A. Hu et al. 2021, arXiv:2106.09685.
 
     The four dropouts act in training only and are not exchangeable: `input_dropout` is PEFT's lora_dropout,
@@ -33,6 +34,11 @@ class Lora(Recipe):
     kind: Literal["lora"] = "lora"
     backend: Literal["peft", "native"] = Field(
         default="peft", description="who carries the weights: same parameters, same files; native has less overhead"
+    )
+    fused: bool = Field(
+        default=True,
+        description="multiply with a plain LoRA in fewer passes and keep its input once; equal to rounding. false: as "
+        "the backend does it, slower and with more memory",
     )
     rank: int = Field(default=16, ge=1, description="inner width of the change B A")
     alpha: float | None = Field(
@@ -75,6 +81,11 @@ class Lora(Recipe):
     lora_plus: float = Field(
         default=1.0, gt=0, description="learning rate of B over that of A; arXiv:2402.12354 advises 16"
     )
+    bias: Literal["none", "all", "lora_only"] = Field(
+        default="none",
+        description="of an encoder, which of its own biases are trained too: all of the network's, or those of the "
+        "adapted layers; they come with the adapter's files, and fused does not apply to it",
+    )
     max_norm: float | None = Field(
         default=None, gt=0, description="upper limit of ||scale B A||_F of each layer, held after every optimizer step"
     )
@@ -96,6 +107,30 @@ class Lora(Recipe):
         given = [name for name in others if getattr(self, name)]
         if chosen and given:
             raise ValueError(f"{what} does not go with {', '.join(given)}: {reason}")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its change of a linear layer is two factors and nothing else, but for dropouts, and is fused."""
+        return self.fused and not self.dora and self.init == "kaiming" and self.bias == "none"
+
+    @property
+    def biases(self) -> str:
+        """Which of the network's own biases are trained too."""
+        return self.bias
+
+    def refusal(self, medium: str) -> str | None:
+        """A bias of the base cannot be trained where several adapters stand on it."""
+        if self.bias == "none" or medium == "documents":
+            return None
+        return (
+            f"bias {self.bias} trains biases of the model itself, which is built for encoders, and this is a {medium} "
+            "model, on which several adapters may stand. Write adapter.bias=none"
+        )
+
+    @property
+    def drops(self) -> bool:
+        """Whether a dropout acts in training."""
+        return bool(self.input_dropout or self.activation_dropout or self.rank_dropout or self.module_dropout)
 
     @property
     def strength(self) -> float:
@@ -179,7 +214,7 @@ class Lora(Recipe):
         """What the learning rate is multiplied with for one canonical parameter name. LoRA+, arXiv:2402.12354."""
         return self.lora_plus if parameter_name.endswith(".lora_B.weight") else 1.0
 
-    def carrier(self) -> "type[HookedAdapters | PeftAdapters]":
+    def carrier(self) -> "Callable[..., Carrier]":
         """Hooks of ours, or PEFT's wrappers."""
         from weft.adapters.hooked import HookedAdapters
 
@@ -210,6 +245,12 @@ class Lora(Recipe):
 
         complete(self, wrappers, name)
 
+    def factors(self, wrapper: "nn.Module", name: str) -> "Factors | None":
+        """A and B in PEFT's wrapper, of a plain LoRA on a linear layer."""
+        from weft.adapters.hf_lora import factors_in
+
+        return factors_in(wrapper, name) if self.is_plain else None
+
     def first_values(
         self, chance: "Callable[[str], torch.Generator]", shapes: "Mapping[str, torch.Size]", layer: "nn.Module"
     ) -> "dict[str, Tensor]":
@@ -222,11 +263,13 @@ class Lora(Recipe):
     def has_rule(self) -> bool:
         return self.max_norm is not None
 
-    def after_step(self, paths: Sequence[str], parameters: "Mapping[str, nn.Parameter]") -> Mapping[str, float]:
+    def after_step(
+        self, paths: Sequence[str], parameters: "Mapping[str, nn.Parameter]", moved: "Tensor | None" = None
+    ) -> "Mapping[str, Tensor]":
         """Shrink every ||scale B A||_F above max_norm to it, half in A and half in B. Once per optimizer step."""
         from weft.adapters.low_rank import shrink
 
-        return shrink(self, paths, parameters)
+        return shrink(self, paths, parameters, moved)
 
     def exported(self, tensors: "Mapping[str, Tensor]") -> dict[str, Any]:
         """A plain LoRA. PiSSA's change B A - B0 A0 is one of twice the rank, on the untouched base."""

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from weft.errors import ModelError, did_you_mean
 from weft.math.sharded import whole
+from weft.projection import FORWARD
 
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
+EMBEDDING = "prompt_encoder.embedding.weight"  # canonical name of virtual tokens
 READABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -20,6 +22,11 @@ def linears_of(network: nn.Module) -> dict[str, tuple[int, int]]:
         for path, module in network.named_modules()
         if isinstance(module, nn.Linear)
     }
+
+
+def linears_at(layers: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
+    """Path -> (out, in) of those of some layers that are linear."""
+    return {p: (each.out_features, each.in_features) for p, each in layers.items() if isinstance(each, nn.Linear)}
 
 
 def layers_of(network: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -108,8 +115,11 @@ def plain_weight(layer: nn.Module, inputs: int = 1024) -> Tensor:
 
 
 def _with(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A copy of a layer whose own parameters are changed; it shares all else with it."""
+    """A copy of a layer whose own parameters are changed; it shares all else with it, but for an adapter's forward,
+    which asks the layer itself."""
     twin = copy(layer)
+    if twin.__dict__.pop(FORWARD, None) is not None:
+        del twin.__dict__["forward"]
     twin._parameters = dict(layer._parameters)
     for name, parameter in layer._parameters.items():
         if parameter is not None and (changed := change(parameter)) is not parameter:

@@ -8,12 +8,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from weft.adapters.dropout import RankDropout
-from weft.adapters.hooked import Change, met
+from weft.adapters.fused import Narrow, Strength, met, told
+from weft.adapters.hooked import Change
 from weft.adapters.lora import Lora
 from weft.adapters.low_rank import FIRST_A, FIRST_B, MAGNITUDE, A, B, Product
 from weft.adapters.modules import rows_are_readable
 from weft.adapters.named import UNSET
 from weft.errors import ModelError
+from weft.projection import LowRank as Told
+from weft.projection import Opaque
 
 
 class LowRank(Change):
@@ -31,7 +34,10 @@ class LowRank(Change):
     def __init__(self, recipe: Lora, layer: nn.Module) -> None:
         super().__init__()
         product = Product(layer)
-        rank, self.scale = recipe.width(product.is_conv)
+        rank, scale = recipe.width(product.is_conv)
+        self.strength = Strength(scale)
+        self.narrow: Narrow | None = None
+        self.plain = recipe.is_plain and not product.is_conv
         device = next(layer.parameters()).device  # a packed layer decodes its weight whenever that is asked for
         a, b = (torch.full(shape, UNSET, device=device, dtype=torch.float32) for shape in product.shapes(rank))
         self.lora_A = nn.Parameter(a)
@@ -42,6 +48,27 @@ class LowRank(Change):
         self.register_buffer("first_B", b.clone() if pissa else None)
         self.input_dropout = recipe.input_dropout
         self.dropout = RankDropout(recipe.activation_dropout, recipe.rank_dropout, recipe.module_dropout)
+
+    @property
+    def scale(self) -> float:
+        """The factor before B A."""
+        return self.strength.number
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        self.strength.set(scale)
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """A and B as they are at the moment."""
+        return self.lora_A, self.lora_B
+
+    def told(self) -> Told | Opaque:
+        """The factors, where they are all that it is."""
+        if not self.plain:
+            return Opaque("a LoRA that is more than two factors, or not to be fused")
+        if self.training and (self.input_dropout or self.dropout.acts):
+            return Opaque("a dropout acts")
+        return told(self)
 
     def forward(self, layer: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         """The layer's output (..., out) and the change."""

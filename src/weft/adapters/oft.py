@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
-from weft.adapters.recipe import Earlier, Recipe
+from weft.adapters.recipe import Earlier, OnLayers
 from weft.adapters.targets import Aliases, Shapes, TargetReport
 from weft.errors import ConfigError
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SERIES_SINCE = "0.18.0"
 
 
-class Oft(Recipe):
+class Oft(OnLayers):
     """W R with R orthogonal in blocks: lengths and angles of the rows of W stay. Qiu et al. 2023, arXiv:2306.07280.
 
     Carried by PEFT, which rotates inputs in place of weights (arXiv:2506.19847), so the base may be quantized. There is

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import Tensor, nn
 
-    from weft.adapters.hf_peft import PeftAdapters
-    from weft.adapters.hooked import Change, HookedAdapters
-    from weft.adapters.named import NamedAdapters
+    from weft.adapters.fused import Factors
+    from weft.adapters.hooked import Change
+    from weft.adapters.named import Carrier, NamedAdapters
 
 
 class Earlier(Protocol):
@@ -49,28 +49,26 @@ class Recipe(Section):
     tensors: ClassVar[tuple[str, ...]] = ()
     formats: ClassVar[tuple[str, ...]] = ("peft",)  # that files of its kind can be written in
     keeps_dtype: ClassVar[bool] = False  # whether PEFT's wrapper answers in the dtype of the layer inside it
+    has_base: ClassVar[bool] = True  # whether the network answers as it was where no adapter is in use
+    inner: ClassVar[str | None] = None  # why it cannot be trained by an inner loop of fast weights, as a sentence
+    recompute: ClassVar[str | None] = None  # why no block may be computed a second time, as a sentence
 
     kind: Any = None  # a subclass's own name, here for the first place among the keys
-    targets: str | tuple[str, ...] = Field(
-        default="attention",
-        description="target sets of the family, layer names such as attn1.to_q, or regexes on whole paths",
-    )
-    exclude: tuple[str, ...] = Field(default=(), description="what is taken away from targets, in the same language")
     start_from: Path | None = Field(default=None, description="an adapter folder or file whose weights are continued")
 
-    @field_validator("targets", "exclude")
-    @classmethod
-    def _are_names(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        patterns = (value,) if isinstance(value, str) else value
-        if any(not pattern.strip() for pattern in patterns):
-            raise ValueError("a pattern is empty. Name a target set such as 'attention', or layers such as attn1.to_q")
-        return value
+    def refusal(self, medium: str) -> str | None:
+        """Why it cannot be trained on a model of this medium, as a sentence; None where it can."""
+        return None
 
-    @model_validator(mode="after")
-    def _has_targets(self) -> Self:
-        if not self.targets:
-            raise ValueError("targets is empty, so nothing would be trained. Name a target set such as 'attention'")
-        return self
+    @property
+    def biases(self) -> str:
+        """Which of the network's own biases are trained beside it, in PEFT's words: none, all or lora_only."""
+        return "none"
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Places of the context that it takes away from documents."""
+        return 0
 
     @property
     def holders(self) -> tuple[str, ...]:
@@ -81,11 +79,6 @@ class Recipe(Section):
     def limit(self) -> str:
         """Which of its fields keeps it from the others, as an end of a sentence."""
         return ""
-
-    @property
-    def patterns(self) -> tuple[str, ...]:
-        """Targets as a tuple, also when one was given as a word."""
-        return (self.targets,) if isinstance(self.targets, str) else self.targets
 
     @property
     @abstractmethod
@@ -103,10 +96,9 @@ class Recipe(Section):
 
         return linears_of(network)
 
+    @abstractmethod
     def match(self, layers: Shapes, presets: Mapping[str, str], aliases: Aliases) -> TargetReport:
         """Which layers are adapted. Raises ConfigError for a pattern without a layer."""
-        linears = {path: shape for path, shape in layers.items() if len(shape) == 2}
-        return match_targets(self.patterns, self.exclude, linears, presets, aliases)
 
     @abstractmethod
     def trainable(self, report: TargetReport) -> int:
@@ -127,9 +119,9 @@ class Recipe(Section):
         assert len(set(names)) == len(names), f"adapter names must differ: {list(names)}"
         return attach(network, {name: Standing(self, paths) for name in names}, seed)
 
-    def carrier(self) -> "type[HookedAdapters | PeftAdapters]":
-        """What holds its adapters on a network: PEFT's wrappers, made of `peft_config`, or hooks of ours, which ask for
-        `change`."""
+    def carrier(self) -> "Callable[..., Carrier]":
+        """What holds its adapters on a network: PEFT's wrappers, made of `peft_config`, hooks of ours, which ask for
+        `change`, or what a kind of its own has."""
         from weft.adapters.hf_peft import PeftAdapters
 
         return PeftAdapters
@@ -148,6 +140,15 @@ class Recipe(Section):
     def complete(self, wrappers: "Mapping[str, nn.Module]", name: str) -> None:
         """Add to PEFT's fresh wrappers what the recipe asks for and PEFT has no word for."""
 
+    def factors(self, wrapper: "nn.Module", name: str) -> "Factors | None":
+        """A and B in PEFT's wrapper, where they are all that the adapter is, but for dropouts."""
+        return None
+
+    @property
+    def drops(self) -> bool:
+        """Whether a dropout acts in training."""
+        return False
+
     @abstractmethod
     def first_values(
         self, chance: Callable[[str], "torch.Generator"], shapes: "Mapping[str, torch.Size]", layer: "nn.Module"
@@ -162,13 +163,20 @@ class Recipe(Section):
         """Whether something must hold after each optimizer step: see `after_step`."""
         return False
 
-    def after_step(self, paths: Sequence[str], parameters: "Mapping[str, nn.Parameter]") -> Mapping[str, float]:
-        """What must hold after each optimizer step; numbers worth logging."""
+    def after_step(
+        self, paths: Sequence[str], parameters: "Mapping[str, nn.Parameter]", moved: "Tensor | None" = None
+    ) -> "Mapping[str, Tensor]":
+        """What must hold after each optimizer step; numbers () worth logging, on the device. moved: () bool, whether
+        that step moved anything; None: it did."""
         return {}
 
     @abstractmethod
     def exported(self, tensors: "Mapping[str, Tensor]") -> dict[str, Any]:
         """The state of an adapter as other programs apply it: those fields of a SavedAdapter that the kind decides."""
+
+    def of_network(self, network: "nn.Module") -> dict[str, Any]:
+        """What a file has to say of the network that it is for, among the options of a SavedAdapter."""
+        return {}
 
     @classmethod
     @abstractmethod
@@ -180,15 +188,50 @@ class Recipe(Section):
         """Why weights from a file cannot be continued, each as the assignment that would mend it."""
 
 
+class OnLayers(Recipe):
+    """A base of recipes that stand on layers which a config names."""
+
+    targets: str | tuple[str, ...] = Field(
+        default="attention",
+        description="target sets of the family, layer names such as attn1.to_q, or regexes on whole paths",
+    )
+    exclude: tuple[str, ...] = Field(default=(), description="what is taken away from targets, in the same language")
+
+    @field_validator("targets", "exclude")
+    @classmethod
+    def _are_names(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        patterns = (value,) if isinstance(value, str) else value
+        if any(not pattern.strip() for pattern in patterns):
+            raise ValueError("a pattern is empty. Name a target set such as 'attention', or layers such as attn1.to_q")
+        return value
+
+    @model_validator(mode="after")
+    def _has_targets(self) -> Self:
+        if not self.targets:
+            raise ValueError("targets is empty, so nothing would be trained. Name a target set such as 'attention'")
+        return self
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Targets as a tuple, also when one was given as a word."""
+        return (self.targets,) if isinstance(self.targets, str) else self.targets
+
+    def match(self, layers: Shapes, presets: Mapping[str, str], aliases: Aliases) -> TargetReport:
+        """Which layers are adapted. Raises ConfigError for a pattern without a layer."""
+        linears = {path: shape for path, shape in layers.items() if len(shape) == 2}
+        return match_targets(self.patterns, self.exclude, linears, presets, aliases)
+
+
 @dataclass(frozen=True)
 class Standing:
-    """A recipe, and the layers that it stands on."""
+    """A recipe, and the layers that it stands on. whole: paths of modules that are trained whole beside them."""
 
     recipe: Recipe
     paths: Sequence[str]
+    whole: tuple[str, ...] = ()
 
 
-class WholeChange(Recipe):
+class WholeChange(OnLayers):
     """A base of recipes whose change of a layer is made as a whole matrix in every call, by PEFT."""
 
     rank: int = Field(default=8, ge=1, description="inner width of the low-rank factors")

@@ -22,6 +22,9 @@ class SeveralAdapters:
     def paths_of(self, name: str) -> tuple[str, ...]:
         return self.of[name].paths_of(name)
 
+    def whole(self, name: str) -> tuple[str, ...]:
+        return self.of[name].whole(name)
+
     def base_layer(self, name: str, path: str) -> nn.Module:
         return self.of[name].base_layer(name, path)
 
@@ -48,5 +51,5 @@ class SeveralAdapters:
     def load_state_dict(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         self.of[name].load_state_dict(name, tensors)
 
-    def after_step(self, name: str) -> Mapping[str, float]:
-        return self.of[name].after_step(name)
+    def after_step(self, name: str, moved: Tensor | None = None) -> Mapping[str, Tensor]:
+        return self.of[name].after_step(name, moved)

@@ -16,8 +16,12 @@ from typing import Literal
 
 import torch
 
+from weft.engines.attention_order import chip_of
 from weft.engines.transfer import self_test
 from weft.engines.visible import Visible, gpus_here
+from weft.math.float8 import has_row_scales, lacking
+from weft.math.sdpa import backend_of
+from weft.math.sdpa_policy import policy_for
 
 LITTLE_DISK = 20 << 30  # bytes; a 14B model and its cache need more
 
@@ -38,6 +42,8 @@ def all_checks(folder: Path, copies: bool) -> Iterator[Check]:
     yield from gpus(gpus_here())
     for device in devices():
         yield from device_facts(device)
+        yield attention(device)
+        yield float8(device)
         if copies:
             yield from copy_checks(device)
     yield from memory(folder)
@@ -131,6 +137,25 @@ def device_facts(device: torch.device) -> Iterator[Check]:
             yield Check(str(device), name, "note" if slow else "ok", "emulated, use fp16" if slow else "in hardware")
         else:
             yield Check(str(device), name, "note" if fault else "ok", fault or "works")
+
+
+def attention(device: torch.device) -> Check:
+    """The order of attention kernels that a run follows here, and what runs of it on two heads of 64."""
+    policy = policy_for(chip_of(device))
+    q = torch.zeros(1, 2, 128, 64, dtype=torch.float32 if device.type == "cpu" else torch.float16, device=device)
+    order = ", ".join(policy.order) or f"torch's own choice ({backend_of(q, q, q)})"
+    return Check(str(device), "attention", "warn" if policy.is_slow else "ok", f"{order}: {policy.because}")
+
+
+def float8(device: torch.device) -> Check:
+    """Whether family.compute=fp8 works here."""
+    reason = lacking(device)
+    if reason is None and device.type == "cpu":
+        reason = "emulated, slowly"
+    if reason is not None:
+        return Check(str(device), "fp8 compute", "note", reason)
+    scales = "a scale for each row" if has_row_scales(device) else "scales of rows are multiplied in afterwards"
+    return Check(str(device), "fp8 compute", "ok", scales)
 
 
 def _described(device: torch.device) -> str:

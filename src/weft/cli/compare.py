@@ -1,4 +1,4 @@
-"""weft compare: the last numbers of several runs and what their configs differ in, side by side."""
+"""weft compare: several runs side by side, their numbers and configs; of continual runs, experiments over seeds."""
 
 import argparse
 import sys
@@ -7,35 +7,84 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weft.cli.report import bytes_of, opened, write_page
-from weft.errors import ConfigError
+from weft.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from weft.dashboard.comparison import Side
+    from weft.dashboard.continual import Experiment
 
 Rows = Sequence[tuple[str, Sequence[str]]]
 
 
 def run(argv: Sequence[str]) -> int:
-    """Print the tables, or write the page. Tests between runs are further tables, told after these two."""
+    """Print the tables, or write the page. Experiments of continual runs come first."""
     arguments = _parser().parse_args(argv)
-    folders = list({path.resolve(): path for path in arguments.runs}.values())
+    folders = list({path.resolve(): path for named in arguments.runs for path in _runs_at(named)}.values())
     if len(folders) < 2:
         raise ConfigError("weft compare: one run alone has nothing beside it. Name two or more: weft compare A B.")
     most = bytes_of(arguments.max_mb)
     sides = _sides(folders)
+    from weft.dashboard.continual import experiments_of, representatives
+
+    experiments = experiments_of(sides)
+    _check_metric(arguments.metric, experiments)
     if arguments.html:
         from weft.dashboard.comparison import write_comparison
 
-        write_page(arguments.html, write_comparison(sides, arguments.samples, most))
+        write_page(arguments.html, write_comparison(sides, arguments.samples, most, arguments.metric))
         return 0
-    for title, rows, note in told(sides):
-        _print(title, [side.name for side in sides], rows, note)
+    if experiments:
+        _print_experiments(experiments, arguments.metric)
+    shown = representatives(sides, experiments)
+    for title, rows, note in told(shown):
+        _print(title, [side.name for side in shown], rows, note)
     return 0
+
+
+def _runs_at(path: Path) -> list[Path]:
+    """What an argument names: a run, every run in a folder, or all that a pattern fits, by name. What is no run is
+    left for `opened` to refuse."""
+    from weft.dashboard.discover import find_runs, is_run
+
+    if not path.exists() and any(sign in str(path) for sign in "*?["):
+        root = Path(path.anchor) if path.is_absolute() else Path()
+        pattern = str(path.relative_to(root)) if path.is_absolute() else str(path)
+        return [run for found in sorted(root.glob(pattern)) for run in _runs_at(found)] or [path]
+    if not is_run(path) and path.is_dir():
+        return sorted(find_runs(path).values()) or [path]
+    return [path]
+
+
+def _check_metric(metric: str | None, experiments: "Sequence[Experiment]") -> None:
+    """Raises ConfigError for a metric that no run was scored with."""
+    known = list(dict.fromkeys(name for one in experiments for run in one.runs for name in run.scored.metrics))
+    if metric is not None and metric not in known:
+        raise ConfigError(
+            f"--metric: no run was scored by '{metric}'. {did_you_mean(metric, known)}"
+            if known
+            else "--metric: none of these runs was scored on tasks, so there is nothing to compare by a metric."
+        )
+
+
+def _print_experiments(experiments: "Sequence[Experiment]", metric: str | None) -> None:
+    """Means over seeds, then the differences to the first experiment."""
+    from weft.dashboard.continual import differences_between, means
+
+    names, main = [one.name for one in experiments], experiments[0].metric(metric)
+    single = all(len(one.runs) == 1 for one in experiments)
+    of = "one seed each" if single else "means over seeds ± 95 % interval"
+    _print("Experiments", names, means(experiments, metric), f"ACC to next task: of {main}. {of.capitalize()}.")
+    if len(names) > 1:
+        rows = differences_between(experiments, metric)
+        _print(f"Less {names[0]}", names[1:], rows, "Paired by seed: ± 95 % interval, p of the paired t-test.")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="weft compare", description="Set runs beside one another.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="runs/NAME", help="folders of two runs or more")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="runs/NAME", help="folders of two runs or more, folders "
+                        "that hold runs, or patterns such as 'runs/er-*'; runs that differ in their seed alone are one "
+                        "experiment")  # fmt: skip
+    parser.add_argument("--metric", help="of continual runs: what ACC, BWT and so on are of, such as auroc")
     parser.add_argument("--html", type=Path, metavar="FILE.html", help="write a page with curves and samples instead")
     parser.add_argument("--no-samples", dest="samples", action="store_false", help="with --html: without samples")
     parser.add_argument("--max-mb", type=float, default=50.0, help="with --html: size up to which samples are taken")

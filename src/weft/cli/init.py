@@ -1,4 +1,4 @@
-"""weft init: a commented run.yaml for a model and its data (clips, captions or conversations), ready to train."""
+"""weft init: commented configs for a model and its data (clips, captions, conversations or dated documents)."""
 
 import argparse
 import re
@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from weft.cli.init_distill import adapter_lines, captions_in, learning_lines, prompt_lines, watching_lines
+from weft.cli.init_documents import ANY, ENCODERS, wants_documents, write_configs
 from weft.cli.init_text import LANGUAGE_MODELS, Lines, context_of, look_at, text_lines
 from weft.cli.models import MODELS, WAN_I2V, KnownModel, recognised
 from weft.config.show import inline
@@ -18,6 +19,7 @@ from weft.errors import ConfigError, DataError, did_you_mean
 from weft.families.causal_lm import is_language_model
 
 COMMENT_COLUMN = 52
+COLUMNS = ("text", "label", "year", "date", "group")
 # -> repository on the Hugging Face hub; None for what ships with Weft.
 NAMES: Mapping[str, str | None] = {**{name: known.repository for name, known in MODELS.items()}, **LANGUAGE_MODELS}
 
@@ -37,17 +39,35 @@ class Base:
 def run(argv: Sequence[str]) -> int:
     """Write the config and say what comes next."""
     parser = argparse.ArgumentParser(prog="weft init", description="Write a commented run.yaml.")
-    parser.add_argument("model", help=f"a model's folder or file, or one of: {', '.join(NAMES)}")
+    names = ", ".join((*NAMES, *ENCODERS, ANY))
+    parser.add_argument("model", help=f"a model's folder or file, or one of: {names}")
     what = (
-        "clips: a folder with captions, a manifest, or musubi's dataset TOML; conversations: a file or folder of them"
+        "clips: a folder with captions, a manifest, or musubi's dataset TOML; conversations, or dated documents with "
+        "labels: a file or folder of them"
     )
     parser.add_argument("--data", required=True, type=Path, help=what)
     parser.add_argument(
         "--distill", action="store_true", help="for a student that needs four steps; --data may be a file of captions"
     )
-    parser.add_argument("--out", type=Path, default=Path("run.yaml"), help="default: run.yaml")
+    parser.add_argument(
+        "--out", type=Path, help="default: run.yaml; of documents a folder of configs, default: configs"
+    )
+    documents = parser.add_argument_group("columns of documents, where they are not found by their usual names")
+    for key in COLUMNS:
+        documents.add_argument(f"--{key}", metavar="COLUMN")
     arguments = parser.parse_args(argv)
-    out: Path = arguments.out
+    named = {key: name for key in COLUMNS if (name := getattr(arguments, key)) is not None}
+    if wants_documents(arguments.model):
+        if arguments.distill:
+            raise ConfigError(
+                f"--distill: '{arguments.model}' is an encoder, and only video models are asked in steps."
+            )
+        return write_configs(arguments.model, arguments.data, arguments.out, named)
+    if named:
+        raise ConfigError(
+            f"--{next(iter(named))} is of documents, and '{arguments.model}' is no encoder. Leave it out."
+        )
+    out: Path = arguments.out or Path("run.yaml")
     if out.exists():
         raise ConfigError(f"{out} is already there. Choose another with --out, or delete it.")
     base = find_base(arguments.model)
@@ -73,7 +93,8 @@ def find_base(model: str) -> Base:
         return Base(folder.resolve().stem, folder.as_posix(), known_at(folder.as_posix()))
     if name not in NAMES:
         what = "no such folder and no known model" if "/" in model else "no known model and no folder here"
-        raise ConfigError(f"'{model}': {what}. {did_you_mean(name.rpartition('/')[2], list(NAMES))}")
+        known_names = (*NAMES, *ENCODERS, ANY)
+        raise ConfigError(f"'{model}': {what}. {did_you_mean(name.rpartition('/')[2], known_names)}")
     known, repository = MODELS.get(name), NAMES[name]
     if repository is None:
         return Base(name, name, known)

@@ -12,7 +12,7 @@ from weft.errors import ConfigError, WeftError, did_you_mean
 # In the order in which one meets them. A copy of the verbs' own first sentences, so that help imports no verb.
 SUMMARIES: Mapping[str, str] = {
     "demo": "train a tiny video model on this machine from end to end, in about a minute",
-    "init": "write a commented run.yaml for a model and a folder of clips or conversations",
+    "init": "write commented configs for a model and its clips, conversations or documents",
     "plan": "check a run without loading its weights: data, targets, memory, disk",
     "cache": "encode clips and captions, or tokenise conversations, ahead of training",
     "train": "train, or go on where the run stopped",

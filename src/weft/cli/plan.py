@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from weft.cli.plan_documents import print_documents, print_experiences
+from weft.cli.seeds import add_shorthands, shorthands
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -20,8 +23,9 @@ NAMED = 5  # texts that are too long or unreadable, unless --all
 def run(argv: Sequence[str]) -> int:
     """Print the plan. Exit code 2 when the run would not start."""
     parser = argparse.ArgumentParser(prog="weft plan", description="Show what a run would do; reads no weights.")
-    parser.add_argument("config", type=Path, help="the run's YAML")
+    parser.add_argument("config", type=Path, help="the run's YAML, or the name of a ready config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
+    add_shorthands(parser)
     parser.add_argument("--all", action="store_true", help=f"every clip, not only {SHOWN}")
     parser.add_argument("--memory", metavar="SIZE", help="plan for a device of this memory, such as 16GiB")
     parser.add_argument("--processes", type=int, metavar="N", help="plan for so many processes; none is started")
@@ -31,7 +35,7 @@ def run(argv: Sequence[str]) -> int:
     from weft.cli.train import quiet_libraries
     from weft.run.config import load_config
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(arguments.config, [*arguments.overrides, *shorthands(arguments)])
     quiet_libraries()
 
     from rich.console import Console
@@ -59,6 +63,9 @@ def print_plan(config: "RunConfig", plan: "Plan", console: "Console", everything
     """Data, shapes with their memory, processes, targets, and the run in numbers."""
     if config.family.medium == "text":
         print_texts(config, plan, console, everything)
+    elif config.family.medium == "documents":
+        print_documents(plan, console, everything)
+        print_experiences(config, plan, console)
     elif config.data.has_latents:
         print_clips(plan, console, everything)
     else:
@@ -75,6 +82,7 @@ def print_plan(config: "RunConfig", plan: "Plan", console: "Console", everything
     print_experts(config, plan, console)
     print_roles(config, plan, console)
     recipe, each = f"{config.adapter.summary()}, ", ""
+    cached = plan.cache.line() if plan.cache else "tokens stay in memory, and no file holds a document"
     if config.objective.parts:
         recipe, each = "", " for each part that moves"
     console.print(
@@ -82,7 +90,7 @@ def print_plan(config: "RunConfig", plan: "Plan", console: "Console", everything
         f"{recipe}precision {plan.precision}\n"
         f"{plan.steps} steps of {plan.items} {items}{each} = {epochs}; "
         f"{held_out or 'no'} {'texts' if items == 'rows' else items} held out for validation\n"
-        f"disk: {gib(plan.disk)} of checkpoints and adapters in {config.folder}; {plan.cache.line()}",
+        f"disk: {gib(plan.disk)} of checkpoints and adapters in {config.folder}; {cached}",
         markup=False,
         soft_wrap=True,
     )
@@ -170,6 +178,8 @@ def print_prompts(plan: "Plan", console: "Console", everything: bool) -> None:
 
 def items_of(config: "RunConfig") -> str:
     """What a step is counted in."""
+    if config.family.medium == "documents":
+        return "documents"
     if config.family.medium == "text":
         return "rows"
     return "clips" if config.data.has_latents else "captions"
@@ -203,10 +213,12 @@ def print_shapes(config: "RunConfig", plan: "Plan", console: "Console") -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    text = config.family.medium == "text"
-    title = f"{'Rows' if text else 'Buckets'} at batch {config.data.batch_size}"
+    from weft.data.buckets import Bucket, lengths_line
+
+    text = config.family.medium != "video"
+    title = f"{items_of(config).capitalize() if text else 'Buckets'} at batch {config.data.batch_size}"
     title += "" if config.data.has_latents else ", each drawn as often as any other"
-    columns = ("tokens", "rows") if text else ("frames x height x width", "tokens", items_of(config))
+    columns = ("tokens", items_of(config)) if text else ("frames x height x width", "tokens", items_of(config))
     table = Table(*columns, "memory", "of it activations", title=title, title_justify="left", box=SIMPLE_HEAD)
     for shape, memory in plan.memory.items():
         name = () if text else (str(shape),)
@@ -214,6 +226,8 @@ def print_shapes(config: "RunConfig", plan: "Plan", console: "Console") -> None:
             *name, f"{shape.tokens:,}", f"{plan.shapes[shape]:,}", gib(memory.total), gib(memory.activations)
         )  # fmt: skip
     console.print(table)
+    if line := lengths_line([shape for shape in plan.memory if isinstance(shape, Bucket)]):
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def print_processes(plan: "Plan", console: "Console") -> None:
@@ -235,6 +249,8 @@ def print_processes(plan: "Plan", console: "Console") -> None:
 
 def print_memory(plan: "Plan", console: "Console") -> None:
     """Whether the largest shape fits, and else what would make it fit."""
+    for line in plan.blocks:
+        console.print(line, markup=False, soft_wrap=True)
     if plan.limit is None or not plan.memory:
         return
     largest, most = max(plan.memory.items(), key=lambda item: item[1].total)

@@ -118,7 +118,12 @@ def is_path(word: str) -> bool:
 
 
 def refuse_foreign(arguments: argparse.Namespace, medium: str) -> None:
-    """Raises ConfigError for options that this kind of model has no use for."""
+    """Raises ConfigError for options that this kind of model has no use for, and for a model that makes nothing."""
+    if medium == "documents":
+        raise ConfigError(
+            "the adapter is of an encoder, which sorts documents and makes no samples. What a run answered is in its "
+            "predictions/, and in words: weft report RUN."
+        )
     foreign, what = (OF_VIDEO, "a language model") if medium == "text" else (OF_TEXT, "a video model")
     given = [f"--{name.replace('_', '-')}" for name in foreign if getattr(arguments, name) is not None]
     if given:

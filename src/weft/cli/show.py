@@ -7,7 +7,7 @@ from pathlib import Path
 
 from weft.cli.show_adapters import adapter_facts
 from weft.cli.show_checkpoints import checkpoint_facts, foreign_checkpoint_facts, run_facts
-from weft.cli.show_models import language_model_facts, model_facts, official_facts, weight_file_facts
+from weft.cli.show_models import encoder_facts, language_model_facts, model_facts, official_facts, weight_file_facts
 from weft.cli.show_words import Facts, printed, some
 from weft.errors import ModelError, did_you_mean
 from weft.formats.sniff import DIFFUSERS_WEIGHTS, OTHER_WEIGHTS, PEFT_CONFIG, is_adapter
@@ -46,7 +46,12 @@ def facts_of(path: Path) -> Facts:
         return run_facts(path)
     if (path / "model_index.json").is_file() or (path / "transformer" / "config.json").is_file():
         return model_facts(path)
-    if found := foreign_checkpoint_facts(path) or language_model_facts(path) or _lone_adapter(path):
+    if (
+        found := encoder_facts(path)
+        or foreign_checkpoint_facts(path)
+        or language_model_facts(path)
+        or _lone_adapter(path)
+    ):
         return found
     if found := official_facts(path):
         return found

@@ -193,7 +193,8 @@ def _items(config: Mapping[str, Any]) -> str:
     if config.get("data", {}).get("kind") == "prompts":
         return "captions"
     family = plugins.section_types("family").get(config.get("family", {}).get("kind"))
-    return {"video": "clips", "text": "conversations"}[family.medium] if family else "items"
+    names = {"video": "clips", "text": "conversations", "documents": "documents"}
+    return names[family.medium] if family else "items"
 
 
 def moment(seconds: str) -> str:

@@ -117,8 +117,17 @@ def run_facts(folder: Path) -> Facts:
         "checkpoints": checkpoints or "none",
         "adapters": adapters or "none",
         "samples": len([path for path in folder.glob("samples/**/*") if path.is_file()]),
+        **_scores(folder),
         "config": config,
     }
+
+
+def _scores(folder: Path) -> Facts:
+    """The matrix of a run over a stream of documents; nothing of other runs."""
+    from weft.run.score_table import scored_run, table_lines
+
+    found = scored_run(folder)
+    return {"scores": "\n".join(table_lines(found))} if found else {}
 
 
 def _progress(log: Path, config: Mapping[str, Any]) -> Facts:

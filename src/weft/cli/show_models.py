@@ -216,6 +216,27 @@ def language_model_facts(folder: Path) -> Facts:
     }
 
 
+def encoder_facts(folder: Path) -> Facts:
+    """Of an encoder's folder as transformers saves it; nothing for other folders."""
+    from weft.families.encoder_kinds import is_encoder
+
+    if not is_encoder(folder):
+        return {}
+    config = json_of(folder / "config.json")
+    weights = sorted(folder.glob("*.safetensors"))
+    sizes = {"blocks": "num_hidden_layers", "width": "hidden_size", "vocabulary": "vocab_size",
+             "context": "max_position_embeddings"}  # fmt: skip
+    named = (config.get("architectures") or [config["model_type"]])[0]
+    classes = list((config.get("id2label") or {}).values()) if named.endswith("Classification") else []
+    return {
+        "what": "an encoder of text",
+        "network": f"{named}, {_weights(weights)}" if weights else f"{named}, no .safetensors file",
+        **{name: config[key] for name, key in sizes.items() if key in config},
+        "classes": classes or "none: its classifier would begin by chance",
+        "tokenizer": json_of(folder / "tokenizer_config.json").get("tokenizer_class", "none"),
+    }
+
+
 def _packed(config: Mapping[str, Any]) -> Facts:
     """How a config says that the weights are packed."""
     packed = config.get("quantization_config") or {}

@@ -54,7 +54,7 @@ def value_words(value: Any) -> str:
         return ", ".join(map(str, value))
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value).replace("\n", "\n" + " " * MARGIN)
 
 
 def _told(value: Any) -> Any:

@@ -12,7 +12,9 @@ from pathlib import Path
 from types import FrameType
 
 from weft.cli.launched import STOPPED_EVERYWHERE, Rank, as_rank, own_rank
+from weft.cli.seeds import add_shorthands, seeds_of, shorthands, train_seeds
 from weft.cli.together import Asked
+from weft.config.ready import find_config
 from weft.errors import ConfigError
 
 
@@ -21,37 +23,51 @@ def run(argv: Sequence[str]) -> int:
     # Alone it would take the config for its port, where that comes next.
     words = [f"{word}=usual" if word == "--dashboard" else word for word in argv]
     arguments = parser().parse_intermixed_args(words)
+    config, overrides = find_config(arguments.config), [*arguments.overrides, *shorthands(arguments)]
     asked = Asked(
         arguments.gpus, arguments.processes, arguments.nodes, arguments.node_rank, arguments.rendezvous,
         arguments.restarts, arguments.patience,
     )  # fmt: skip
     if arguments.independent and (odd := asked.joining()):
         raise ConfigError(f"{odd} joins processes in one run, and --independent parts them. Leave one out.")
+    if arguments.seeds is not None and (arguments.detach or arguments.independent or arguments.seed is not None):
+        raise ConfigError("--seeds trains one run after another here: leave --detach, --independent and --seed out.")
     if arguments.dashboard and own_rank(os.environ).number == 0:
         from weft.cli.dashboard import start_beside
         from weft.run.config import load_config
 
-        start_beside(arguments.dashboard, load_config(arguments.config, arguments.overrides).output)
+        start_beside(arguments.dashboard, load_config(config, overrides).output)
     if arguments.detach:
         from weft.cli.detached import detach
 
-        return detach(arguments.config, arguments.overrides, asked.words(), independent=arguments.independent)
+        return detach(config, overrides, asked.words(), independent=arguments.independent)
     if arguments.independent:
         from weft.cli.independent import train_independently
 
-        return train_independently(arguments.config, arguments.overrides, arguments.processes)
+        return train_independently(config, overrides, arguments.processes)
+    if arguments.seeds is not None:
+        return train_seeds(config, overrides, seeds_of(arguments.seeds), lambda more: train_once(config, more, asked))
+    return train_once(config, overrides, asked)
+
+
+def train_once(config: Path, overrides: Sequence[str], asked: Asked) -> int:
+    """One run, in this process or on those that were asked for."""
     if asked.words():
         from weft.cli.together import train_together
 
-        return train_together(arguments.config, arguments.overrides, asked)
-    return train(arguments.config, arguments.overrides)
+        return train_together(config, overrides, asked)
+    return train(config, overrides)
 
 
 def parser() -> argparse.ArgumentParser:
     """The options of weft train."""
     parser = argparse.ArgumentParser(prog="weft train", description="Train an adapter as a config says.")
-    parser.add_argument("config", type=Path, help="the run's YAML")
+    parser.add_argument("config", type=Path, help="the run's YAML, or the name of a ready config")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as adapter.rank=32 resume=latest")
+    add_shorthands(parser)
+    parser.add_argument(
+        "--seeds", metavar="A-B", help="a run with each of these seeds, one after another, in NAME-seedN"
+    )
     parser.add_argument("--detach", action="store_true", help="train in the background, and return once it has begun")
     parser.add_argument("--dashboard", metavar="[=PORT]", help="a page about it in the browser, by a process of its "
                         "own, which ends when nobody watches and nothing runs")  # fmt: skip
@@ -105,6 +121,8 @@ def train_here(path: Path, overrides: Sequence[str], rank: Rank) -> int:
     if result.finished:
         for folder in result.adapters if terminal else ():
             print(f"adapter: {folder}")
+        if terminal and config.family.medium == "documents":
+            print_scores(result.folder)
         return 0
     if terminal:
         to_go_on = "" if rank.outcome else f" To go on, run {again(path, overrides, rank)}"
@@ -112,6 +130,14 @@ def train_here(path: Path, overrides: Sequence[str], rank: Rank) -> int:
     if result.commanded and rank.outcome is not None:
         return STOPPED_EVERYWHERE
     return 128 + (request.signal or signal.SIGTERM)  # it may have been another rank that was asked
+
+
+def print_scores(folder: Path) -> None:
+    """What a run on documents comes to: the matrix of its main metric, and where all numbers stand."""
+    from weft.run.score_table import SUMMARY, scored_run, table_lines
+
+    if (found := scored_run(folder)) is not None:
+        print("\n".join(["", *table_lines(found), f"all numbers and their formulas: {folder / SUMMARY}"]))
 
 
 def again(path: Path, overrides: Sequence[str], rank: Rank) -> str:

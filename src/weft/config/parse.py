@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from typing import Any, TypeVar, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from weft.config.meanings import meaning
-from weft.config.peers import PEERS
+from weft.config.peers import NOT_BUILT, PEERS
 from weft.config.source import COMMAND_LINE, Source
 from weft.config.tree import (
     Key,
@@ -160,7 +160,9 @@ class _Translator:
                 names = ", ".join(spot.section.model_fields)
                 return f"It goes with another kind of {here[0]}. Here there are: {names}."
             kinds = " and ".join(f"'{kind_of(home.section)}'" for home in same)
-            return f"It belongs to kind {kinds}, and this is kind '{kind_of(spot.section)}'."
+            named = [name for name in spot.section.model_fields if str(here[-1]) in name.split("_")]
+            own = f" Here there {'is' if len(named) == 1 else 'are'}: {', '.join(named)}." if named else ""
+            return f"It belongs to kind {kinds}, and this is kind '{kind_of(spot.section)}'.{own}"
         places = list(dict.fromkeys(home.dotted for home in homes))
         return f"Write it as {' or '.join(places[:3])}."
 
@@ -184,6 +186,8 @@ class _Translator:
         listed = f"There are: {', '.join(kinds)}."
         if given is None:
             return Problem(path, f"{where}: this key is missing. Write, for example, 'kind: {kinds[0]}'. {listed}")
+        if reason := NOT_BUILT.get(str(given)):
+            return Problem(path, f"{where}: there is no {shown(given)}: {reason}. {listed}")
         near = nearest(str(given), kinds)
         hint = f"Did you mean '{near[0]}'? " if near else ""
         return Problem(path, f"{where}: there is no {shown(given)}. {hint}{listed}")
@@ -228,7 +232,9 @@ class _Translator:
         """What pydantic would take for a boolean or a number, and a reader of the file would not."""
         for path, kind, value in walk(self.model, self.data):
             plain = {bare(member) for member in members(kind)}
+            words = [word for each in plain if get_origin(each) is Literal for word in get_args(each)]
             no_truth = bool in plain and str not in plain and not isinstance(value, (bool, type(None)))
+            no_truth = no_truth and not (isinstance(value, str) and value in words)
             no_number = isinstance(value, bool) and bool(plain) and plain <= {int, float}
             if no_truth or no_number:
                 yield self._mismatch(path, kind, value)

@@ -330,3 +330,9 @@ PEERS: dict[str, Peer] = {
         "Of a teacher it is objective.guidance, Self-Forcing's plus 1.",
     ),
 }
+
+# Kinds of other programs that are not built here, and why.
+NOT_BUILT: dict[str, str] = {
+    "adalora": "AdaLoRA adds a term to the loss and moves ranks by the gradients after each step, in which an adapter "
+    "has no say here, and an inner loop has no such gradients. Write adapter.kind=lora",
+}

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from weft.config.ready import find_base, find_config
 from weft.config.yaml_text import Document, KeyPath, Place, read_scalar, read_yaml
 from weft.errors import ConfigError, nearest
 
@@ -28,8 +29,9 @@ class Source:
 
 
 def read_source(path: Path, overrides: Sequence[str] = ()) -> Source:
-    """A config file with what it extends, changed by `adapter.rank=32` and the like. Raises ConfigError."""
-    return override(_read_file(path, ()), overrides)
+    """A config file, or the ready config of that name, with what it extends, changed by `adapter.rank=32` and the like.
+    Raises ConfigError."""
+    return override(_read_file(find_config(path), ()), overrides)
 
 
 def read_text(text: str, name: str = "(text)", overrides: Sequence[str] = ()) -> Source:
@@ -81,9 +83,9 @@ def _extended(document: Document, name: str, folder: Path, around: tuple[Path, .
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not bases or not all(isinstance(base, str) for base in bases):
         raise ConfigError(f"{asked_at}: extends: expected a file or a list of files, got {bases!r}.")
-    result = _read_file(folder / bases[0], around, asked_at)
+    result = _read_file(find_base(folder, bases[0]), around, asked_at)
     for base in bases[1:]:
-        result = merged(result, _read_file(folder / base, around, asked_at))
+        result = merged(result, _read_file(find_base(folder, base), around, asked_at))
     return merged(result, own)
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from weft.dashboard.configs import differing
+from weft.dashboard.continual import experiments_of, representatives
+from weft.dashboard.continual_report import of_experiments
 from weft.dashboard.report import compared, lasted
 from weft.dashboard.report_charts import overlays
 from weft.dashboard.report_parts import Html, Privacy, duration, moment, number, page, paragraph, safe, section, table
@@ -58,12 +60,19 @@ def differences(sides: Sequence[Side]) -> tuple[list[tuple[str, list[str]]], int
     return [(row["key"], [_word(value) for value in row["values"]]) for row in unlike], same
 
 
-def write_comparison(sides: Sequence[Side], samples: bool = True, most: int = 50_000_000) -> str:
-    """The runs as one page that needs nothing but itself. most: bytes of the page, which samples fill last."""
+def write_comparison(
+    sides: Sequence[Side], samples: bool = True, most: int = 50_000_000, metric: str | None = None
+) -> str:
+    """The runs as one page that needs nothing but itself. most: bytes of the page, which samples fill last. Continual
+    runs that differ in their seed alone are one experiment, and its first stands for it where single runs are told of.
+    metric: that experiments are compared by; None: their main one."""
     privacy = Privacy(str(Path.home()))
     sides = [Side(side.store, {**side.run, "name": privacy(side.name)}, side.resolved) for side in sides]
+    experiments, of_all = experiments_of(sides), len(sides)
+    sides = representatives(sides, experiments)
     names = [side.name for side in sides]
-    title = f"{', '.join(names[:-1])} and {names[-1]}"
+    called = [one.name for one in experiments] if sum(len(one.runs) for one in experiments) == of_all else names
+    title = " and ".join(filter(None, [", ".join(called[:-1]), called[-1]]))
     rows, same = differences(sides)
     inside = "This file holds prompts, samples and values of the configs, and asks nothing of the network."
     head = (
@@ -74,6 +83,7 @@ def write_comparison(sides: Sequence[Side], samples: bool = True, most: int = 50
     runs = [(side.store, side.run) for side in sides]
     parts = [
         head,
+        section("Experiments", *(of_experiments(experiments, metric) if experiments else ())),
         section(
             "Last numbers", table("Of each run", ("What", *names), [(what, *of) for what, of in last_numbers(sides)])
         ),
@@ -82,7 +92,7 @@ def write_comparison(sides: Sequence[Side], samples: bool = True, most: int = 50
         section("Config", unlike if rows else "", paragraph(f"{same} keys are the same in all.", "quiet")),
     ]
     if samples:
-        parts[3] = section("Samples", *samples_side_by_side(runs, max(0, most - len(page(title, *parts).encode()))))
+        parts[4] = section("Samples", *samples_side_by_side(runs, max(0, most - len(page(title, *parts).encode()))))
     return page(title, *parts)
 
 

@@ -39,6 +39,7 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     family, adapter = _section(config, "family"), _section(config, "adapter")
     objective = str(_section(config, "objective").get("kind") or "")
     text = objective == "next-token" or family.get("kind") == "causal-lm"
+    documents = family.get("kind") == "encoder"
     rank = adapter.get("rank")
     kind = str(adapter.get("kind") or "")
     return {
@@ -46,7 +47,7 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
         "model": str(family.get("source") or ""),
         "objective": objective,
         "adapter": f"{kind}, rank {rank}" if rank is not None else kind,
-        "medium": "text" if text else "video",
+        "medium": "text" if text else "documents" if documents else "video",
     }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from weft.dashboard.small_files import text_of
 from weft.dashboard.tail import number
+from weft.run.predictions import UNTRAINED
 
 LARGEST = 64 << 20  # bytes of health.jsonl that are read
 Cut = tuple[float, int]  # time and step of a resume: what was measured earlier beyond that step is not the run's
@@ -56,16 +57,31 @@ def _row(line: Mapping[str, Any], name: str, paths: Sequence[str]) -> list[float
 
 
 def matrix(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Rows "after an experience", columns "measured on", in the order in which they were learned."""
+    """Of each metric the rows "after an experience" over the columns "measured on", in the order in which they were
+    learned; the first metric that was told is the main one. learned: of a row, how many columns were learned by then.
+    The row from before any training stands apart, in `untrained`."""
     sound = [row for row in rows if isinstance(row.get("scores"), dict)]
-    learned = dict.fromkeys(str(row.get("after")) for row in sound)
-    names = list(learned | dict.fromkeys(str(name) for row in sound for name in row["scores"]))
+    columns = dict.fromkeys(str(name) for row in sound for name in row["scores"])
+    learned = [name for name in dict.fromkeys(str(row.get("after")) for row in sound) if name != UNTRAINED]
+    if not columns.keys().isdisjoint(learned):  # else one experience held them all
+        columns = dict.fromkeys(learned) | columns
+    tables: dict[str, Any] = {}
+    for row in sound:
+        table = tables.setdefault(str(row.get("metric")), {"rows": [], "untrained": None})
+        line = _scores(row, list(columns))
+        if line["after"] == UNTRAINED:
+            table["untrained"] = line
+        else:
+            table["rows"].append(line)
+    main = next(iter(tables), None)
     return {
-        "metric": str(sound[-1].get("metric")) if sound else None,
-        "experiences": names,
-        "rows": [
-            {"after": str(row.get("after")), "step": row.get("step"),
-             "values": [number(row["scores"].get(name)) for name in names]}
-            for row in sound
-        ],
+        "metric": main, "experiences": list(columns),
+        **(tables[main] if main is not None else {"rows": [], "untrained": None}), "metrics": tables,
     }  # fmt: skip
+
+
+def _scores(row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
+    after = str(row.get("after"))
+    learned = columns.index(after) + 1 if after in columns else 0 if after == UNTRAINED else len(columns)
+    values = [number(row["scores"].get(name)) for name in columns]
+    return {"after": after, "step": row.get("step"), "learned": learned, "values": values}

@@ -9,6 +9,7 @@ from typing import TypeGuard
 from weft.dashboard.scales import SIDE, Axis
 
 TALL = 8.0  # how many times the 98th percentile a value must be for the scale to become logarithmic by itself
+WHOLE = ("step", "task")  # of these there are no halves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,7 @@ def _axes(chart: Chart, lines: Sequence[Line], log: bool) -> tuple[Axis, Axis]:
     steps = [x for line in lines for x, _ in line.finite()] + list(chart.rules)
     values = [y for line in lines for _, y in line.finite()] + [0.0] * (chart.from_zero and not log)
     values += [y for line in lines for pair in line.band if pair for y in pair if y > 0 or not log]
-    least = 1.0 if chart.across == "step" else 0.0  # there are no halves of steps
+    least = 1.0 if chart.across in WHOLE else 0.0
     return Axis.across(min(steps), max(steps), least), Axis.up(min(values), max(values), log)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from weft.dashboard.continual_report import of_run
 from weft.dashboard.plots import Chart, Line, figure
 from weft.dashboard.report_charts import curves, heat_map
 from weft.dashboard.report_origin import adapters_of, origin, use
@@ -61,7 +62,7 @@ def write_report(store: Store, id: str, contents: Contents | None = None) -> str
         section("Curves", curves(store, run), _evaluations(run)),
         "",  # the samples, once it is known how much room is left
         section("How much the adapter changes", *_health(store.health(id))),
-        section("What was learned and kept", _matrix(store.scores(id))),
+        section("What was learned and kept", *of_run(store.scores(id), store.folder(id))),
         section("What happened", _entries(run), _log(run) if wanted.log else ""),
         section("Config", *_config(config)) if wanted.config else "",
         section("Where it comes from", *origin(config["environment"], adapters, run, config)),
@@ -138,7 +139,7 @@ def _trained(run: Run, config: Mapping[str, Any], adapters: Sequence[Any], wante
         f"{number(loss)}" if len(run["losses"]) == 1 else f"{phase} {number(loss)}"
         for phase, loss in run["losses"].items()
     )
-    one = "conversation" if run["medium"] == "text" else "clip"
+    one = {"text": "conversation", "documents": "document"}.get(run["medium"], "clip")
     counts = [adapter.items for adapter in adapters if adapter.items is not None]
     machines = sorted({str(gpu["name"]) for gpu in run["gpus"] if gpu["name"]})
     told = facts(
@@ -235,24 +236,6 @@ def _growth(found: Run, name: str, place: int) -> str:
         for word, pick, colour in (("largest", max, 1), ("median", median, 3))
     ]
     return figure(Chart(title=f"Relative change{name} over the steps", lines=lines, from_zero=True), place)
-
-
-def _matrix(scores: Run) -> str:
-    """Rows: after learning; columns: measured on. What had been learned by then is strong."""
-    if not scores["rows"]:
-        return ""
-    experiences = list(scores["experiences"])
-    rows = []
-    for row in scores["rows"]:
-        seen = experiences.index(row["after"]) if row["after"] in experiences else -1
-        cells = [
-            Html(f'<span class="past">{number(value, 3)}</span>') if i <= seen else number(value, 3)
-            for i, value in enumerate(row["values"])
-        ]
-        past = [value for value in row["values"][: seen + 1] if value is not None]
-        rows.append((row["after"], row["step"], *cells, number(sum(past) / len(past), 3) if past else "–"))
-    head = ("After learning", "Step", *experiences, "Mean of learned")
-    return table(f"{scores['metric']} on each experience; bold: learned by then", head, rows)
 
 
 # ---- What happened, and the config --------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from weft.few_steps import StepList
 from weft.formats.header import read_header
 
 PEFT_FILE, DIFFUSERS_FILE = "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
+WHOLE_FILE = "model.safetensors"  # of an encoder all of whose weights were trained
 OTHER_FILES = tuple(f"lora_{program}.safetensors" for program in ("comfyui", "musubi", "videox_fun", "original"))
 Run = Mapping[str, Any]
 
@@ -44,7 +45,12 @@ def adapters_of(run: Path) -> list[Adapter]:
     found = []
     for folder in folders:
         file = next(
-            (folder / name for name in (PEFT_FILE, DIFFUSERS_FILE, *OTHER_FILES) if (folder / name).is_file()), None
+            (
+                folder / name
+                for name in (PEFT_FILE, DIFFUSERS_FILE, WHOLE_FILE, *OTHER_FILES)
+                if (folder / name).is_file()
+            ),
+            None,
         )
         if file is not None:
             try:
@@ -84,6 +90,9 @@ def use(run: Run, config: Run, adapters: Sequence[Adapter]) -> Iterator[str]:
     if not adapters:
         return
     folder = config.get("name") or run["name"]
+    if run["medium"] == "documents":
+        yield code(_classifier(config, run["model"], f"{folder}/{adapters[0].folder.name}"), "With transformers")
+        return
     yield code(f'weft sample {shlex.quote(str(folder))} --prompt "..." --compare', "With Weft")
     steps = next(
         (adapter.metadata["weft.step_list"] for adapter in adapters if "weft.step_list" in adapter.metadata), ""
@@ -111,6 +120,17 @@ def _peft(source: str, adapter: str) -> str:
         "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
         f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({source!r}), {adapter!r})"
     )
+
+
+def _classifier(config: Run, source: str, adapter: str) -> str:
+    """An encoder with its head: a folder of its own where all was trained, else what PEFT puts on the source."""
+    of = "from transformers import AutoModelForSequenceClassification"
+    if config.get("adapter.kind") == "none":
+        return f"{of}\n\nmodel = AutoModelForSequenceClassification.from_pretrained({adapter!r})"
+    labels = config.get("family.labels")
+    count = f", num_labels={len(labels)}" if isinstance(labels, list) and labels else ""
+    model = f"AutoModelForSequenceClassification.from_pretrained({source!r}{count})"
+    return f"from peft import PeftModel\n{of}\n\nmodel = PeftModel.from_pretrained({model}, {adapter!r})"
 
 
 def _diffusers(source: str, adapters: Sequence[str]) -> str:

@@ -35,7 +35,7 @@ class RunLog:
         self.begun: Record | None = None
         self.evaluations: dict[int, Record] = {}
         self.samples: dict[tuple[Any, ...], Record] = {}
-        self.scores: dict[str, Record] = {}
+        self.scores: dict[tuple[str, str], Record] = {}  # (metric, after) -> the last that was told
         self.rates: list[Record] = []  # orders to change a learning rate that were followed
         self.resumes: list[dict[str, Any]] = []
         self.entries: deque[Entry] = deque(maxlen=ENTRIES)
@@ -84,7 +84,7 @@ class RunLog:
             self._cuts.append(self.tail.offset)
         self.evaluations = {at: one for at, one in self.evaluations.items() if at <= step}
         self.samples = {key: one for key, one in self.samples.items() if _step_of(one) <= step}
-        self.scores = {after: one for after, one in self.scores.items() if _step_of(one) <= step}
+        self.scores = {key: one for key, one in self.scores.items() if _step_of(one) <= step}
 
     def _evaluated(self, record: Record) -> None:
         if type(record.get("step")) is int:
@@ -95,7 +95,7 @@ class RunLog:
             self.samples[key_of(record)] = record
 
     def _scored(self, record: Record) -> None:
-        self.scores[str(record.get("after"))] = record
+        self.scores[str(record.get("metric")), str(record.get("after"))] = record
 
     def _controlled(self, record: Record) -> None:
         if record.get("command") == "rate" and record.get("done") and isinstance(record.get("arguments"), dict):

@@ -6,12 +6,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from threading import Lock
-from typing import Protocol
+from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from weft.contracts import Encoders
 from weft.data.encoding import captions_of, clip_pixels, encoded_caption, encoded_pixels, latent_shape
+from weft.data.filed import Held, Shown
 from weft.data.filling import ALONE, Filled, Filling, Hands, Taken
 from weft.data.survey import Clip, Wanted
 from weft.events import Listener
@@ -19,16 +21,21 @@ from weft.events import Listener
 
 @dataclass(frozen=True)
 class CacheStatus:
-    """Entries of a survey in its cache. bytes: of those present. estimated_bytes: of the missing, latents alone."""
+    """Entries of a survey in its cache. bytes: of those present. estimated_bytes: of the missing, latents alone.
+    sharded: entries that lie together in so many shards."""
 
     present: int
     missing: int
     bytes: int
     estimated_bytes: int
+    shards: int = 0
+    sharded: int = 0
 
     def line(self) -> str:
         """The status in one sentence."""
         here = f"cache: {self.present} of {self.present + self.missing} entries present ({_mib(self.bytes)})"
+        if self.shards:
+            here += f", {self.sharded} of them in {self.shards} shard{'s' if self.shards > 1 else ''}"
         if not self.missing:
             return f"{here}."
         need = f"need about {_mib(self.estimated_bytes)}" if self.estimated_bytes else "are texts"
@@ -39,9 +46,28 @@ def _mib(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB"
 
 
-def latent_bytes(clips: Iterable[Clip], wanted: Wanted) -> int:
-    """Bytes of the clips' latents in fp32."""
-    return sum(4 * prod(latent_shape(clip, wanted)) for clip in clips)
+@dataclass(frozen=True)
+class Keeping:
+    """How entries are kept. dtype: of the latents and of what else a clip has in fp32; bf16 halves the cache and rounds
+    what is trained on. shards: many entries in one file."""
+
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    shards: bool = True
+
+    def kept(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A clip's tensors as they are kept."""
+        if self.dtype == "fp32":
+            return dict(tensors)
+        return {n: t.bfloat16() if t.dtype == torch.float32 else t for n, t in tensors.items()}
+
+
+EXACT = Keeping()
+
+
+def latent_bytes(clips: Iterable[Clip], wanted: Wanted, keeping: Keeping = EXACT) -> int:
+    """Bytes of the clips' latents."""
+    size = 2 if keeping.dtype == "bf16" else 4
+    return sum(size * prod(latent_shape(clip, wanted)) for clip in clips)
 
 
 class Store(Protocol):
@@ -53,13 +79,21 @@ class Store(Protocol):
         """Encode what is missing; encoders are asked for only then. Raises DataError on latents that are not finite."""
         ...
 
+    def pack(self, tell: Listener) -> None:
+        """Put what is kept in order, once all of it is there."""
+        ...
+
     def expect(self, clips: Sequence[Clip]) -> None:
         """Hear that these clips will be asked for soon, so that they can be decoded ahead."""
         ...
 
+    def shown(self, what: Clip | str) -> Shown:
+        """The tensors of a clip or of a caption, to be written where a batch wants them. Raises DataError naming it."""
+        ...
+
     def clip(self, clip: Clip) -> Mapping[str, Tensor]:
-        """Latents (C, F, H, W) in fp32, and what the model is told of the first frame. Raises DataError naming the
-        clip."""
+        """Latents (C, F, H, W) as they are kept, and what the model is told of the first frame. Raises DataError naming
+        the clip."""
         ...
 
     def text(self, caption: str) -> Mapping[str, Tensor]:
@@ -70,20 +104,28 @@ class Store(Protocol):
 class MemoryStore:
     """The same tensors, kept in RAM for one run."""
 
-    def __init__(self, wanted: Wanted, hands: Hands = ALONE) -> None:
+    def __init__(self, wanted: Wanted, hands: Hands = ALONE, keeping: Keeping = EXACT) -> None:
         self._wanted = wanted
         self._hands = hands
+        self._keeping = keeping
         self._held: dict[str, Mapping[str, Tensor]] = {}  # under "clip KEY" and "text CAPTION"
 
     def status(self) -> CacheStatus:
         clips, texts = self._missing()
         size = sum(tensor.nbytes for tensors in self._held.values() for tensor in tensors.values())
-        return CacheStatus(len(self._held), len(clips) + len(texts), size, latent_bytes(clips, self._wanted))
+        return CacheStatus(
+            len(self._held), len(clips) + len(texts), size, latent_bytes(clips, self._wanted, self._keeping)
+        )
 
     def fill(self, encoders: Callable[[], Encoders], tell: Listener) -> Filled:
         return Filling(self, self._wanted, encoders, tell, self._hands).run(*self._missing())
 
+    def pack(self, tell: Listener) -> None: ...
+
     def expect(self, clips: Sequence[Clip]) -> None: ...
+
+    def shown(self, what: Clip | str) -> Shown:
+        return Held(self._held[self._name(what)])
 
     def clip(self, clip: Clip) -> Mapping[str, Tensor]:
         return self._held[self._name(clip)]
@@ -95,7 +137,7 @@ class MemoryStore:
         return "there" if self._name(what) in self._held else "ours"
 
     def keep(self, what: Clip | str, tensors: Mapping[str, Tensor]) -> None:
-        self._held[self._name(what)] = tensors
+        self._held[self._name(what)] = tensors if isinstance(what, str) else self._keeping.kept(tensors)
 
     def leave(self, what: Clip | str) -> None: ...
 
@@ -124,10 +166,15 @@ class LiveStore:
         self._load = functools.cache(encoders)
         return Filled()
 
+    def pack(self, tell: Listener) -> None: ...
+
     def expect(self, clips: Sequence[Clip]) -> None:
         for clip in clips:
             decoding = self._decoders.submit(clip_pixels, clip, self._wanted.fps)
             self._expected.setdefault(clip.key, []).append(decoding)
+
+    def shown(self, what: Clip | str) -> Shown:
+        return Held(self.text(what) if isinstance(what, str) else self.clip(what))
 
     def clip(self, clip: Clip) -> Mapping[str, Tensor]:
         expected = self._expected.get(clip.key)

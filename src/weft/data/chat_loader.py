@@ -62,6 +62,11 @@ class ChatDataset:
     train: Experience
     batch_size: int
 
+    @property
+    def stream(self) -> list[Experience]:
+        """The one stretch that a run goes through."""
+        return [self.train]
+
     def validation(self) -> tuple[list[Batch], list[FailedItem]]:
         """Batches of the held-out texts in a fixed order, one text in each row, so that a batch's keys are its rows';
         and the items that cannot be measured, of which there are none: all are tokenised by now."""
@@ -95,7 +100,8 @@ def opened(
 
 
 def collated(rows: Sequence[Sequence[Text]], capacity: int | None, padding: int) -> Batch:
-    """ids, positions and labels (B, L) int64 of rows of texts. L: the capacity, or the longest row.
+    """ids, positions and labels (B, L) int64 of rows of texts, and learned (n,) int64, the places of all B L that have
+    a label. L: the capacity, or the longest row.
 
     A text's positions begin at 0, and so do those of the padding behind the last. Labels are the tokens that come
     next, UNLEARNED where they are not learned or belong to another text.
@@ -112,6 +118,13 @@ def collated(rows: Sequence[Sequence[Text]], capacity: int | None, padding: int)
             labels[number, at : end - 1] = numpy.where(text.learned[1:], text.ids[1:], UNLEARNED)
             at = end
         positions[number, at:] = numpy.arange(length - at)
-    tensors = {"ids": ids, "positions": positions, "labels": labels}
+    learned = numpy.flatnonzero(labels != UNLEARNED).astype(numpy.int64)
+    tensors = {"ids": ids, "positions": positions, "labels": labels, "learned": learned}
     keys = tuple(text.key for row in rows for text in row)
-    return Batch({name: torch.from_numpy(array) for name, array in tensors.items()}, keys)
+    return Batch({name: torch.from_numpy(array) for name, array in tensors.items()}, keys, _lengths(rows, length))
+
+
+def _lengths(rows: Sequence[Sequence[Text]], length: int) -> tuple[tuple[int, ...], ...]:
+    """Tokens of the texts of each row, and of the padding behind them."""
+    texts = [[len(text.ids) for text in row if len(text.ids)] for row in rows]
+    return tuple((*own, length - sum(own)) if sum(own) < length else tuple(own) for own in texts)

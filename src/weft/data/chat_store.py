@@ -23,3 +23,6 @@ class ChatStore:
     def fill(self, encoders: Callable[[], Any], tell: Listener) -> Filled:
         """Nothing is left to do: counting tokens has made them."""
         return Filled()
+
+    def pack(self, tell: Listener) -> None:
+        """Nor to be put in order: a corpus is one file of tokens."""

@@ -7,13 +7,13 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor
 
+from weft.data.filed import Part, header_of, parts_of
+from weft.data.sums import bytes_of, sum_of_tensor
 from weft.durable import write_whole
 from weft.errors import DataError
 
@@ -29,7 +29,9 @@ def entry_path(folder: Path, kind: str, *parts: str) -> Path:
 
 def write_entry(path: Path, tensors: Mapping[str, Tensor], about: str) -> None:
     """Write named tensors. about: what they are of, for people who look into the file."""
-    metadata = {"about": about, "sha256": digest(tensors)}
+    sums = json.dumps({name: sum_of_tensor(tensor) for name, tensor in tensors.items()})
+    # The SHA-256 is what entries had before they had sums, and what an older Weft looks for.
+    metadata = {"about": about, "sha256": digest(tensors), "sums": sums}
     write_whole(path, safetensors.torch.save(dict(tensors), metadata=metadata))
 
 
@@ -41,7 +43,7 @@ def read_entry(path: Path) -> dict[str, Tensor] | None:
     try:
         payload = path.read_bytes()
         tensors = safetensors.torch.load(payload)
-        written = header_of(io.BytesIO(payload))["__metadata__"]["sha256"]
+        written = header_of(io.BytesIO(payload), HEADER_LIMIT)["__metadata__"]["sha256"]
     except UNFIT:
         return None
     return tensors if written == digest(tensors) else None
@@ -51,7 +53,8 @@ def is_sound(path: Path, name: str, shape: Sequence[int] | None = None) -> bool:
     """Whether an entry is whole by its header, with a tensor of this name and shape. Its data is checked when read."""
     try:
         with path.open("rb") as file:
-            tensors = {key: value for key, value in header_of(file).items() if key != "__metadata__"}
+            header = header_of(file, HEADER_LIMIT)
+            tensors = {key: value for key, value in header.items() if key != "__metadata__"}
             end = max(entry["data_offsets"][1] for entry in tensors.values())
             whole = file.tell() + end == os.fstat(file.fileno()).st_size
             found = tensors[name]["shape"]
@@ -60,19 +63,31 @@ def is_sound(path: Path, name: str, shape: Sequence[int] | None = None) -> bool:
     return whole and (shape is None or found == list(shape))
 
 
-def header_of(file: BinaryIO) -> dict[str, Any]:
-    """The JSON at the beginning of a safetensors file: names, shapes, places and metadata."""
-    size = int.from_bytes(file.read(8), "little")
-    if not 0 < size < HEADER_LIMIT:
-        raise ValueError(f"a header of {size} bytes")
-    return json.loads(file.read(size))
+def parts_in(path: Path) -> dict[str, Part] | None:
+    """Where the tensors of an entry lie, and their sums; None when it is not there, torn, or from before there were
+    sums."""
+    try:
+        with path.open("rb") as file:
+            header = header_of(file, HEADER_LIMIT)
+            return parts_of(header, file.tell(), json.loads(header["__metadata__"]["sums"]))
+    except UNFIT:
+        return None
+
+
+def about(path: Path) -> str:
+    """What an entry is of, for people; nothing where it does not say."""
+    try:
+        with path.open("rb") as file:
+            return str(header_of(file, HEADER_LIMIT)["__metadata__"]["about"])
+    except UNFIT:
+        return ""
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of the tensors' bytes in the order of their names: safetensors itself would not see a flipped bit."""
     found = hashlib.sha256()
     for name in sorted(tensors):
-        found.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data)
+        found.update(bytes_of(tensors[name]).data)
     return found.hexdigest()
 
 

@@ -13,13 +13,15 @@ from weft.contracts import Batch, Encoders
 from weft.data.ahead import ahead
 from weft.data.cache import Store
 from weft.data.encoding import EMPTY_CAPTION
+from weft.data.filed import Held
+from weft.data.laying import collated, mask_width
 from weft.data.sampler import BucketSampler, chance
+from weft.data.slots import HostMemory, Slots, pageable
 from weft.data.survey import Clip, Survey, bucket_of
 from weft.errors import DataError
 from weft.events import Listener
 
 BATCHES_AHEAD = 3
-FRAMEWISE = ("latents", "image")  # tensors of a clip that are (C, F, H, W)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,7 @@ class FailedItem:
 class VideoExperience:
     """An endless stream of training batches. Every rank reads its own share of one common order.
 
-    beside: name -> text that every batch tells beside its captions.
+    beside: name -> text that every batch tells beside its captions. memory: where the device likes batches to lie.
     """
 
     name: str
@@ -57,6 +59,7 @@ class VideoExperience:
     store: Store
     draws: Draws
     beside: Mapping[str, str] = field(default_factory=dict)
+    memory: HostMemory = pageable
 
     @property
     def epoch_draws(self) -> int:
@@ -74,8 +77,10 @@ class VideoExperience:
         """Micro-batches of one rank, the draws start + rank, start + rank + world, ... of the run; the next few are
         loaded in the background.
 
-        Each holds latents (B, C, F, H, W), text (B, L, D) padded with zeros, text_mask (B, L), True where text is, and
-        what the encoders give beside them; and of each text beside the captions the same under NAME/, (1, ...).
+        Each holds latents (B, C, F, H, W), text (B, L, D) padded with zeros, text_mask (B, L), True where text is, or
+        (B, 1) where the texts are of one length, and what the encoders give beside them; and of each text beside the
+        captions the same under NAME/, (1, ...). They lie in memory that is used again when the batch's last tensor has
+        gone: see Slots.
         Raises DataError that names a clip which can no longer be loaded.
         """
         return ahead(self._drawn(self._sampler(), count(start + rank, world)), BATCHES_AHEAD)
@@ -86,22 +91,22 @@ class VideoExperience:
     def _drawn(self, sampler: BucketSampler, draws: Iterator[int]) -> Iterator[Batch]:
         """The batches of the draws; the store hears of the clips of the next ones."""
         coming: deque[tuple[int, list[Clip]]] = deque()
-        beside = told_beside(self.store, self.beside)
+        beside, slots = told_beside(self.store, self.beside), Slots(self.memory)
         while True:
             for draw in islice(draws, BATCHES_AHEAD - len(coming)):
                 clips = [self.clips[i] for i in sampler.batch_indices(draw)]
                 self.store.expect(clips)
                 coming.append((draw, clips))
             draw, clips = coming.popleft()
-            yield self._batch(draw, clips, beside)
+            yield self._batch(draw, clips, beside, slots)
 
-    def _batch(self, draw: int, clips: Sequence[Clip], beside: Mapping[str, Tensor]) -> Batch:
+    def _batch(self, draw: int, clips: Sequence[Clip], beside: Mapping[str, Tensor], slots: Slots) -> Batch:
         """The draw-th batch of the run, counted over all ranks."""
         captions = [drawn_caption(clip.captions, self.draws, draw, i) for i, clip in enumerate(clips)]
-        shown = [self.store.clip(clip) for clip in clips]
-        length = self._length(draw, shown[0]["latents"].shape[1])
-        texts = [self.store.text(caption) for caption in captions]
-        return collated(clips, [cut(tensors, length) for tensors in shown], texts, beside)
+        shown = [self.store.shown(clip) for clip in clips]
+        length = self._length(draw, shown[0].shapes["latents"][1])
+        texts = [self.store.shown(caption) for caption in captions]
+        return collated(tuple(clip.key for clip in clips), shown, texts, beside, slots, length)
 
     def _length(self, draw: int, frames: int) -> int:
         """Latent frames that are kept of a batch that has so many."""
@@ -119,6 +124,11 @@ class VideoDataset:
     train: VideoExperience
     store: Store
 
+    @property
+    def stream(self) -> list[VideoExperience]:
+        """The one stretch that a run goes through."""
+        return [self.train]
+
     def validation(self) -> tuple[list[Batch], list[FailedItem]]:
         """Batches of the held-out clips, one bucket in each, in a fixed order and with their own captions.
 
@@ -127,10 +137,10 @@ class VideoDataset:
         failed = [FailedItem(clip.key, clip.reason) for clip in self.survey.unreadable if clip.split == "validation"]
         size = self.train.draws.batch_size
         clips = sorted(self.survey.validation, key=lambda clip: (bucket_of(clip), clip.key))
-        loaded: list[tuple[Clip, Mapping[str, Tensor]]] = []
+        loaded: list[tuple[Clip, Held]] = []
         for clip in clips:
             try:
-                loaded.append((clip, self.store.clip(clip)))
+                loaded.append((clip, Held(self.store.clip(clip))))
             except DataError as error:
                 failed.append(FailedItem(clip.key, str(error)))
         beside = told_beside(self.store, self.train.beside) if loaded else {}
@@ -139,8 +149,9 @@ class VideoDataset:
             for first in range(0, len(group), size):
                 chosen = [loaded[i] for i in group[first : first + size]]
                 shown = [tensors for _, tensors in chosen]
-                texts = [self.store.text(clip.caption) for clip, _ in chosen]
-                batches.append(collated([clip for clip, _ in chosen], shown, texts, beside))
+                texts = [self.store.shown(clip.caption) for clip, _ in chosen]
+                # A piece for each: they are kept for the whole run.
+                batches.append(collated(tuple(clip.key for clip, _ in chosen), shown, texts, beside, Slots()))
         return batches, failed
 
 
@@ -171,17 +182,6 @@ def drawn_caption(captions: Sequence[str], draws: Draws, draw: int, place: int) 
     return captions[int(chance(draws.seed, "which caption", draw, place) * len(captions))]
 
 
-def collated(
-    clips: Sequence[Clip],
-    shown: Sequence[Mapping[str, Tensor]],
-    texts: Sequence[Mapping[str, Tensor]],
-    beside: Mapping[str, Tensor],
-) -> Batch:
-    """One batch of clips of one bucket. shown: of each clip the latents (C, F, H, W) and what stands beside them.
-    texts: of each caption what a store has. beside: what all batches are told."""
-    return Batch({**stacked(shown), **told(texts), **beside}, tuple(clip.key for clip in clips))
-
-
 def told(texts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The text (B, L, D), its mask (B, L), and what the encoders give beside them, of B texts (L_i, D)."""
     text, mask = padded([tensors["text"] for tensors in texts])
@@ -196,21 +196,17 @@ def told_beside(store: Store, beside: Mapping[str, str]) -> dict[str, Tensor]:
     }
 
 
-def cut(tensors: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
-    """The first latent frames of a clip: what a causal autoencoder gives for the shorter clip."""
-    return {name: tensor[:, :length] if name in FRAMEWISE else tensor for name, tensor in tensors.items()}
-
-
 def stacked(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Tensors of one shape under each name, as fp32 (B, ...)."""
     return {name: torch.stack([tensors[name].float() for tensors in items]) for name in items[0]}
 
 
 def padded(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Texts (L_i, D) as fp32 (B, L, D) with zeros behind the shorter ones, and the mask (B, L) of what is text."""
+    """Texts (L_i, D) as fp32 (B, L, D) with zeros behind the shorter ones, and the mask of what is text: (B, L), or
+    (B, 1) where all are of one length, so that whoever is asked knows by its shape that nothing is masked."""
     longest = max(len(text) for text in texts)
     padded = torch.zeros(len(texts), longest, texts[0].shape[1])
-    mask = torch.zeros(len(texts), longest, dtype=torch.bool)
+    mask = torch.zeros(len(texts), mask_width([len(text) for text in texts]), dtype=torch.bool)
     for i, text in enumerate(texts):
         padded[i, : len(text)] = text.float()
         mask[i, : len(text)] = True

@@ -12,17 +12,19 @@ from weft.contracts import Batch
 from weft.data.ahead import ahead
 from weft.data.buckets import Bucket
 from weft.data.cache import Store
-from weft.data.loader import BATCHES_AHEAD, Draws, FailedItem, drawn_caption, told, told_beside
+from weft.data.laying import collated
+from weft.data.loader import BATCHES_AHEAD, Draws, FailedItem, drawn_caption, told_beside
 from weft.data.prompt_files import Prompt
 from weft.data.prompt_survey import PromptSurvey
 from weft.data.sampler import BucketSampler, chance
+from weft.data.slots import HostMemory, Slots, pageable
 
 
 @dataclass(frozen=True)
 class PromptExperience:
     """An endless stream of training batches. Every rank reads its own share of one common order.
 
-    beside: name -> text that every batch tells beside its captions.
+    beside: name -> text that every batch tells beside its captions. memory: where the device likes batches to lie.
     """
 
     name: str
@@ -31,6 +33,7 @@ class PromptExperience:
     store: Store
     draws: Draws
     beside: Mapping[str, str] = field(default_factory=dict)
+    memory: HostMemory = pageable
 
     @property
     def epoch_draws(self) -> int:
@@ -49,8 +52,9 @@ class PromptExperience:
         read in the background.
 
         Each holds blank (B, C, F, H, W), zeros in the shape of the latents that are to be made; text (B, L, D) padded
-        with zeros, text_mask (B, L), True where text is, and what the encoders give beside them; and of each text
-        beside the captions the same under NAME/, (1, ...). Raises DataError.
+        with zeros, text_mask (B, L), True where text is, or (B, 1) where the texts are of one length, and what the
+        encoders give beside them; and of each text beside the captions the same under NAME/, (1, ...). Raises
+            DataError.
         """
         return ahead(self._drawn(count(start + rank, world)), BATCHES_AHEAD)
 
@@ -62,18 +66,18 @@ class PromptExperience:
     def _drawn(self, draws: Iterator[int]) -> Iterator[Batch]:
         prompts = self.survey.train
         sampler = BucketSampler([range(len(prompts))], self.draws.batch_size, self.draws.seed)
-        beside = told_beside(self.store, self.beside)
+        beside, slots = told_beside(self.store, self.beside), Slots(self.memory)
         for draw in draws:
-            yield self._batch(draw, [prompts[i] for i in sampler.batch_indices(draw)], beside)
+            yield self._batch(draw, [prompts[i] for i in sampler.batch_indices(draw)], beside, slots)
 
-    def _batch(self, draw: int, prompts: Sequence[Prompt], beside: Mapping[str, Tensor]) -> Batch:
+    def _batch(self, draw: int, prompts: Sequence[Prompt], beside: Mapping[str, Tensor], slots: Slots) -> Batch:
         """The draw-th batch of the run, counted over all ranks."""
         captions = [drawn_caption((prompt.text,), self.draws, draw, i) for i, prompt in enumerate(prompts)]
         shape = self.shape(draw)
         latents = self.survey.geometry.latent_shape(shape.frames, shape.height, shape.width)
-        texts = told([self.store.text(caption) for caption in captions])
         blank = torch.zeros(len(prompts), *latents)
-        return Batch({"blank": blank, **texts, **beside}, tuple(prompt.key for prompt in prompts))
+        texts = [self.store.shown(caption) for caption in captions]
+        return collated(tuple(prompt.key for prompt in prompts), [], texts, {"blank": blank, **beside}, slots)
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,11 @@ class PromptDataset:
     survey: PromptSurvey
     train: PromptExperience
     store: Store
+
+    @property
+    def stream(self) -> list[PromptExperience]:
+        """The one stretch that a run goes through."""
+        return [self.train]
 
     def validation(self) -> tuple[list[Batch], list[FailedItem]]:
         return [], []

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from weft.data.cache import Store
     from weft.data.prompt_loader import PromptDataset
     from weft.data.prompt_survey import PromptSurvey
+    from weft.data.slots import HostMemory
     from weft.events import Listener
 
 ASPECTS = ((16, 9), (4, 3), (1, 1), (3, 4), (9, 16))  # those that video models are trained at
@@ -112,10 +113,13 @@ class PromptData(Section):
         last_step: int,
         beside: Mapping[str, str] = {},
         name: str = "prompts",
+        memory: "HostMemory | None" = None,
     ) -> "PromptDataset":
-        """Encode what the cache lacks and return what training draws from. Raises DataError."""
+        """Encode what the cache lacks and return what training draws from. memory: where the device likes batches to
+        lie. Raises DataError."""
         from weft.data.loader import Draws
         from weft.data.prompt_loader import PromptDataset, PromptExperience
+        from weft.data.slots import pageable
 
         for notice in survey.notices:
             tell(Notice(text=notice))
@@ -123,4 +127,5 @@ class PromptData(Section):
         store = self.store(survey, identity, beside)
         store.fill(encoders, tell)
         draws = Draws(batch_size=self.batch_size, seed=seed, caption_dropout=self.caption_dropout)
-        return PromptDataset(survey, PromptExperience(name, last_step, survey, store, draws, beside), store)
+        train = PromptExperience(name, last_step, survey, store, draws, beside, memory or pageable)
+        return PromptDataset(survey, train, store)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from weft.data.cache import LiveStore, MemoryStore, Store
+from weft.data.cache import EXACT, Keeping, LiveStore, MemoryStore, Store
 from weft.data.disk import LatentStore
 from weft.data.filling import ALONE, Hands
 from weft.data.survey import Wanted
@@ -16,8 +16,9 @@ def open_store(
     wanted: Wanted,
     identity: Mapping[str, str],
     hands: Hands = ALONE,
+    keeping: Keeping = EXACT,
 ) -> Store:
     """The store of a survey. folder: of the disk's. identity: fingerprints of the weights, a family's own."""
     if mode == "disk":
-        return LatentStore(folder, wanted, identity, hands)
-    return MemoryStore(wanted, hands) if mode == "memory" else LiveStore(wanted, hands)
+        return LatentStore(folder, wanted, identity, hands, keeping)
+    return MemoryStore(wanted, hands, keeping) if mode == "memory" else LiveStore(wanted, hands)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from weft.contracts import Encoders
     from weft.data.cache import Store
     from weft.data.loader import VideoDataset
+    from weft.data.slots import HostMemory
     from weft.data.survey import Survey
     from weft.events import Listener
 
@@ -113,6 +114,16 @@ class VideoData(Section):
     cache_folder: Path = Field(
         default=Path("weft-cache"), description="Folder of the disk cache; runs may share it, also at the same time."
     )
+    cache_shards: bool = Field(
+        default=True,
+        description="Move cached entries of one shape into large files once there are 16 of them, which a network disk "
+        "reads far faster than many small ones; false keeps a file for each clip and caption.",
+    )
+    cache_dtype: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="What cached latents are kept in: fp32 is exact; bf16 takes half the room and reading, and rounds "
+        "what is trained on to 8 bits of precision. Each has entries of its own.",
+    )
     workers: PositiveInt | Literal["auto"] = Field(
         default="auto",
         description="Clips that are decoded at once, ahead of the encoder, each by a thread; auto: the number of "
@@ -121,6 +132,14 @@ class VideoData(Section):
     encoder_batch: PositiveInt = Field(
         default=1, description="Clips of one bucket that are encoded together when a cache is filled."
     )
+
+    @model_validator(mode="after")
+    def _what_is_kept_has_a_dtype(self) -> "VideoData":
+        if self.cache == "off" and self.cache_dtype != "fp32":
+            raise ValueError(
+                "cache_dtype: bf16 is what latents are kept in, and with cache: off none are. Leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _every_source_has_buckets(self) -> "VideoData":
@@ -149,11 +168,12 @@ class VideoData(Section):
     def store(self, survey: "Survey", identity: Mapping[str, str], beside: Mapping[str, str] = {}) -> "Store":
         """The place of the survey's latents and texts. identity: fingerprints of the weights, a family's own. beside:
         name -> text that every batch tells beside its captions."""
+        from weft.data.cache import Keeping
         from weft.data.filling import Hands
         from weft.data.stores import open_store
 
-        hands = Hands.of(self.workers, self.encoder_batch)
-        return open_store(self.cache, self.cache_folder, survey.telling(beside), identity, hands)
+        hands, keeping = Hands.of(self.workers, self.encoder_batch), Keeping(self.cache_dtype, self.cache_shards)
+        return open_store(self.cache, self.cache_folder, survey.telling(beside), identity, hands, keeping)
 
     def open(
         self,
@@ -166,9 +186,12 @@ class VideoData(Section):
         last_step: int,
         beside: Mapping[str, str] = {},
         name: str = "clips",
+        memory: "HostMemory | None" = None,
     ) -> "VideoDataset":
-        """Encode what the cache lacks and return what training draws from. Raises DataError beyond the error budget."""
+        """Encode what the cache lacks and return what training draws from. memory: where the device likes batches to
+        lie. Raises DataError beyond the error budget."""
         from weft.data.loader import Draws, VideoDataset, VideoExperience, filled_survey
+        from weft.data.slots import pageable
 
         for notice in survey.notices:
             tell(Notice(text=notice))
@@ -181,4 +204,5 @@ class VideoData(Section):
             random_frames=self.random_frames,
             latent_frames=usable.latent_frames,
         )
-        return VideoDataset(usable, VideoExperience(name, last_step, usable.train, store, draws, beside), store)
+        train = VideoExperience(name, last_step, usable.train, store, draws, beside, memory or pageable)
+        return VideoDataset(usable, train, store)

@@ -1,6 +1,6 @@
 """DeepSpeed's ZeRO on many processes: the config section."""
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -19,7 +19,11 @@ class DeepSpeed(Section):
     # What only kind torch can do, in the words in which the memory ladder asks of every engine.
     stream_blocks: ClassVar[int] = 0
     offload_inputs: ClassVar[bool] = False
+    offload_activations: ClassVar[bool] = False
     experts: ClassVar[str] = "together"
+    compile: ClassVar[bool] = False
+    graphs: ClassVar[bool] = False
+    activation_budget: ClassVar[None] = None
 
     kind: Literal["deepspeed"] = "deepspeed"
     zero: Literal[2, 3] = Field(
@@ -46,6 +50,17 @@ class DeepSpeed(Section):
     timeout: float = Field(
         default=30, gt=0, description="minutes that a process waits for the others before the run fails"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_is_compiled(cls, given: Any) -> Any:
+        for name in ("compile", "activation_budget"):
+            if isinstance(given, dict) and name in given:
+                raise ValueError(
+                    f"{name} is not for kind 'deepspeed', whose hooks inside of blocks no compiler can follow. Leave "
+                    "it out, or write kind: torch"
+                )
+        return given
 
     @model_validator(mode="after")
     def _weights_are_spread(self) -> "DeepSpeed":

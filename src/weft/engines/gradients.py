@@ -1,39 +1,80 @@
-"""Gradients as several processes hold them: summed, measured and cut to a length."""
+"""Gradients as several processes hold them: summed, measured and cut to a length; and the step that they make."""
 
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from weft.engines.flat_adamw import FlatAdamW, clear
+from weft.math.end_to_end import EndToEnd
 
 EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_'s, so that every engine cuts alike
 
 
-def clip(gradients: Sequence[Tensor], max_norm: float, total: Tensor) -> None:
-    """Scale gradients in place from the length total (fp32) to max_norm."""
-    factor = (max_norm / (total + EPSILON)).clamp(max=1.0)
-    torch._foreach_mul_(list(gradients), factor)  # pyright: ignore[reportPrivateImportUsage]
+def divisor(norm: Tensor, max_norm: float, scale: Tensor | None) -> Tensor | None:
+    """What a gradient of that norm () fp32 is to be divided by: the loss scale that is in it, and as much as brings it
+    down to max_norm (0: no limit), which is exactly 1 for one that is no longer. None: by nothing."""
+    if not max_norm:
+        return scale
+    excess = torch.where(norm > max_norm, (norm + EPSILON) / max_norm, 1.0)
+    return excess if scale is None else excess * scale
+
+
+def decides_on_device(optimizer: Optimizer) -> bool:
+    """Whether an optimizer's kernels look at `found_inf` and `grad_scale` themselves, as torch's fused ones do."""
+    return bool(vars(optimizer).get("_step_supports_amp_scaling", False))
+
+
+def move(optimizer: Optimizer, gradient: Sequence[Tensor], by: Tensor | None, moved: Tensor) -> None:
+    """Let an optimizer step by a gradient that is divided `by` something, unless moved () is False. The host reads
+    that only for optimizers that cannot."""
+    if decides_on_device(optimizer):
+        flags = {"grad_scale": by, "found_inf": torch.where(moved, 0.0, 1.0)}
+        vars(optimizer).update(flags)
+        optimizer.step()
+        for name in flags:
+            delattr(optimizer, name)
+    elif bool(moved):
+        if by is not None and gradient:
+            torch._foreach_div_(list(gradient), by)  # pyright: ignore[reportPrivateImportUsage]
+        optimizer.step()
+
+
+# ---- Over processes ------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def sum_over_processes(parameters: Sequence[nn.Parameter]) -> int:
+def sum_over_processes(optimizer: Optimizer) -> int:
     """Replace every gradient by its sum over all processes, in fp32 and in one collective. Returns its bytes.
 
     One that this process lacks counts as zeros; one that no process has stays None. Which those are travels along.
     """
-    sizes = [p.numel() for p in parameters]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if isinstance(optimizer, FlatAdamW):
+        optimizer.gather_from(lambda where: _summed(where, parameters))
+        return 4 * (EndToEnd([parameters]).length + len(parameters))
+    where = EndToEnd([parameters])
+    flat, there = _summed(where, parameters)
+    for p, part, has in zip(parameters, where.views(flat), there, strict=True):
+        p.grad = part.to(p.dtype) if has else None
+    return 4 * (where.length + len(parameters))
+
+
+def _summed(where: EndToEnd, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, list[bool]]:
+    """The gradients' sum over all processes, end to end, and which parameters have one in any; here they are dropped.
+    The host waits for the sum only where this process lacks one."""
     device = parameters[0].device
-    flat = torch.zeros(sum(sizes) + len(sizes), device=device)
-    parts, there = flat[: sum(sizes)].split(sizes), flat[sum(sizes) :]
-    mine = [(part, p.grad) for part, p in zip(parts, parameters, strict=True) if p.grad is not None]
-    if mine:
-        views, own = zip(*[(part.view_as(gradient), gradient) for part, gradient in mine], strict=True)
-        torch._foreach_copy_(views, own)  # pyright: ignore[reportPrivateImportUsage]
-    there.copy_(torch.tensor([float(p.grad is not None) for p in parameters]))
+    here = [p.grad is not None for p in parameters]
+    processes = torch.ones(len(here), device=device) if all(here) else torch.tensor(here, device=device).float()
+    gradients = [torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad.float() for p in parameters]
+    flat = where.laid(gradients, processes)
+    del gradients
+    clear(parameters)
     dist.all_reduce(flat)
-    for p, part, processes in zip(parameters, parts, there.tolist(), strict=True):
-        p.grad = part.view_as(p).to(p.dtype) if processes else None
-    return flat.nbytes
+    there = here if all(here) else [count > 0 for count in flat[where.length :].tolist()]
+    return flat[: where.length], there
 
 
 def norm_over_shards(gradients: Sequence[Tensor], group: dist.ProcessGroup, device: torch.device) -> Tensor:

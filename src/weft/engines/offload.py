@@ -25,14 +25,14 @@ class Waiting:
 
 @dataclass
 class Inputs:
-    """Sends what one block passes on to the next to host memory, and brings it back one block ahead of need.
+    """Sends what goes from block to block to host memory, and brings it back one block ahead of need.
 
     What all blocks are given alike (text, time, positions) stays where it is: it is kept once in any case.
     """
 
     device: torch.device
     pinned: bool
-    passed: frozenset[int] = frozenset()  # the storages of the last block's outputs
+    passed: frozenset[int] = frozenset()  # the storages of the last block's outputs, and of what the next one is given
     last: "weakref.ref[Waiting] | None" = None
     moved: int = 0  # bytes so far
     largest: int = 0  # bytes of one input
@@ -49,6 +49,12 @@ class Inputs:
         """Inside, what autograd keeps goes to the host when it is what the block before passed on."""
         with saved_tensors_hooks(self.pack, self.unpack):
             yield
+
+    def take(self, given: Sequence[object]) -> None:
+        """Before a block runs. The first that it is given goes through all blocks, whoever made it: the first block's
+        is sent away as others are."""
+        if given and isinstance(given[0], Tensor):
+            self.passed |= {given[0].untyped_storage()._cdata}
 
     def note(self, output: object) -> None:
         """Remember what a block passes on: a tensor, or several in a sequence."""

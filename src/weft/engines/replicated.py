@@ -1,13 +1,14 @@
 """Data parallelism with a whole copy of the weights in each process: gradients are summed before a step."""
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
-from weft.contracts import Berth, Stepped
+from weft.contracts import Berth
 from weft.engines.gradients import sum_over_processes
 from weft.engines.processes import Together
 from weft.engines.residency import Residence
-from weft.engines.single_device import SingleEngine, parameters_of
+from weft.engines.single_device import SingleEngine
 
 
 class ReplicatedEngine(SingleEngine):
@@ -30,7 +31,7 @@ class ReplicatedEngine(SingleEngine):
         berth = super().berth(number)
         return Berth(berth.put, self.processes.read_by_first) if self.broadcast else berth
 
-    def step(self, optimizer: Optimizer, max_norm: float) -> Stepped:
+    def gradient(self, optimizer: Optimizer) -> tuple[list[Tensor], Tensor]:
         # All that follows is computed from the same bits in every process, and comes out the same.
-        self.sent += sum_over_processes(parameters_of(optimizer))
-        return super().step(optimizer, max_norm)
+        self.sent += sum_over_processes(optimizer)
+        return super().gradient(optimizer)

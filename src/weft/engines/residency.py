@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from weft.engines.recompute import Recompute
 from weft.engines.transfer import verified_copy
 from weft.errors import ConfigError, RunError
 
@@ -21,8 +22,9 @@ ALIGNED = 256  # bytes; each tensor of a parcel begins at a multiple, as in the 
 class Residence:
     """What stays on the device, and what waits in host memory until it is asked for."""
 
-    recompute: bool = False
+    recompute: Recompute = False
     offload_inputs: bool = False
+    offload_activations: bool = False
     stream_blocks: int = 0
     experts: Literal["auto", "together", "one"] = "auto"
     pinned: bool = True
@@ -32,11 +34,11 @@ class Residence:
 def streamed_blocks(blocks: int, count: int) -> tuple[int, ...]:
     """Numbers of the blocks that are streamed, S of N, evenly spread: floor((2i + 1) N / 2S).
 
-    Raises ConfigError when that are all of them or more.
+    Raises ConfigError when there are not so many.
     """
-    if count and count >= blocks:
+    if count > blocks:
         raise ConfigError(
-            f"engine.stream_blocks: {count} is too many for a network of {blocks} blocks. Write {blocks - 1} or less."
+            f"engine.stream_blocks: {count} is too many for a network of {blocks} blocks. Write {blocks} or less."
         )
     return tuple((2 * i + 1) * blocks // (2 * count) for i in range(count))
 
@@ -123,7 +125,27 @@ def lock_pages(memory: Tensor) -> None:
             f"engine.pinned: {memory.nbytes / 2**20:.0f} MiB of host memory could not be pinned (error {failed}). "
             "Raise the limit of locked memory (ulimit -l), or write engine.pinned=false."
         )
-    weakref.finalize(memory, runtime.cudaHostUnregister, address).atexit = False
+    weakref.finalize(memory, unlock_pages, runtime, address).atexit = False
+
+
+def unlock_pages(runtime: Any, address: int) -> None:
+    """Let go of pinned memory, once nothing that was asked of the device reads it any more."""
+    torch.cuda.synchronize()
+    runtime.cudaHostUnregister(address)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where in a parcel a weight lies, or a view of one."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int  # numbers of that dtype
+
+    def of(self, memory: Tensor) -> Tensor:
+        """The weight in a copy of the parcel (bytes,)."""
+        return memory.view(self.dtype).as_strided(self.shape, self.strides, self.offset)
 
 
 @dataclass
@@ -162,9 +184,12 @@ class Ring:
             self._empty(slot)
         if self._side is not None:  # a copy into the old slots may still be under way
             torch.cuda.current_stream(self.device).wait_stream(self._side)
-        self.slots = [Slot(torch.empty(largest, dtype=torch.uint8, device=self.device)) for _ in range(self.size)]
         if self.device.type == "cuda" and self._side is None:
             self._side = torch.cuda.Stream(self.device)
+        self.slots = [Slot(torch.empty(largest, dtype=torch.uint8, device=self.device)) for _ in range(self.size)]
+        for slot in self.slots:
+            if self._side is not None:  # the memory may be let go while a copy into it is under way
+                slot.memory.record_stream(self._side)
 
     def enter(self, parcel: Parcel, following: Parcel | None = None) -> None:
         """Let a parcel's tensors be on the device, and begin to copy the one that will be asked for next."""
@@ -176,6 +201,19 @@ class Ring:
         parcel.point_to(slot.memory)
         if following is not None and self.size > 1 and self._slot_of(following) is None:
             self._fill(following, slot)
+
+    def place_of(self, parcel: Parcel, tensor: Tensor) -> Place | None:
+        """Where in a parcel a tensor lies; None when it does not lie in the parcel's slot."""
+        slot = self._slot_of(parcel)
+        if slot is None or tensor.untyped_storage()._cdata != slot.memory.untyped_storage()._cdata:
+            return None
+        return Place(tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
+
+    def found(self, parcel: Parcel, place: Place) -> Tensor:
+        """What lies there now, of a parcel that has been entered."""
+        slot = self._slot_of(parcel)
+        assert slot is not None, "a parcel is entered before it is looked into"
+        return place.of(slot.memory)
 
     def _slot_of(self, parcel: Parcel) -> Slot | None:
         return next((slot for slot in self.slots if slot.parcel is parcel), None)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.amp.grad_scaler import GradScaler
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -16,7 +15,6 @@ from torch.optim import Optimizer
 from weft.contracts import Berth
 from weft.engines.gradients import norm_over_shards
 from weft.engines.processes import Together, meshes
-from weft.engines.recompute import recompute
 from weft.engines.residency import Residence, tensors_of
 from weft.engines.single_device import SingleEngine, parameters_of
 
@@ -45,7 +43,6 @@ class ShardedEngine(SingleEngine):
     ) -> None:
         super().__init__(device, precision, residence, processes)
         self.can = frozenset({"roles"})
-        self.scaler = SharedScaler(device.type, enabled=precision == "fp16")
         self.broadcast = broadcast
         self.roots: list[FSDPModule] = []
         self._kept: dict[int, Kept] = {}  # by the address of the stand-in
@@ -82,9 +79,7 @@ class ShardedEngine(SingleEngine):
         for tensor in tensors_of(network):
             if not tensor.is_meta:
                 tensor.data = self._moved(tensor.data)
-        if self.residence.recompute:
-            for block in blocks:
-                recompute(block, None, None)
+        self.ready(blocks)  # FSDP2's hooks stand around a block, outside of its compiled forward
         whole = {p for p in network.parameters() if not p.ndim}  # FSDP2 cuts along the first dimension
         assert not any(p.requires_grad for p in whole), "a trained parameter of one number cannot be sharded"
         for module in (*blocks, network):
@@ -157,24 +152,9 @@ class ShardedEngine(SingleEngine):
             root.set_requires_gradient_sync(last)
         super().backward(loss, last=last, optimizers=optimizers)
 
-    def gradients(self, optimizer: Optimizer) -> list[Tensor]:
-        return parts_of_gradients(optimizer)
-
-    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        return norm_over_shards(gradients, self.shards, self.device)
-
-
-class SharedScaler(GradScaler):
-    """Loss scaling where each process sees a part of the gradient: an overflow in one is an overflow in all."""
-
-    def _unscale_grads_(
-        self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
-    ) -> dict[torch.device, Tensor]:
-        gradients = parts_of_gradients(optimizer)
-        if gradients:
-            torch._amp_foreach_non_finite_check_and_unscale_(gradients, found_inf, inv_scale)  # pyright: ignore[reportPrivateImportUsage]
-        dist.all_reduce(found_inf, dist.ReduceOp.MAX)
-        return {found_inf.device: found_inf}
+    def gradient(self, optimizer: Optimizer) -> tuple[list[Tensor], Tensor]:
+        parts = parts_of_gradients(optimizer)
+        return parts, norm_over_shards(parts, self.shards, self.device)
 
 
 def parts_of_gradients(optimizer: Optimizer) -> list[Tensor]:

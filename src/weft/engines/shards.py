@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +26,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from weft.errors import RunError
+from weft.math.end_to_end import home_of, stretch_of
 
 T = TypeVar("T")
 
@@ -54,7 +56,8 @@ class Part:
 def part_of(tensor: Tensor) -> Part:
     """This rank's part of a tensor; of one that is not sharded all of it. Shares the tensor's memory."""
     if not isinstance(tensor, DTensor):
-        return Part(tensor.detach(), (0,) * tensor.ndim, tuple(tensor.shape))
+        local = tensor.detach() if tensor.requires_grad else tensor
+        return Part(local, (0,) * tensor.ndim, tuple(tensor.shape))
     assert all(isinstance(placement, Shard | Replicate) for placement in tensor.placements), tensor.placements
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     local = tensor.to_local().detach()
@@ -76,6 +79,80 @@ def empty_beside(neighbour: Tensor | None, shape: tuple[int, ...], dtype: torch.
     local = torch.empty(shape, dtype=dtype, device=neighbour.device)
     everywhere = [Replicate()] * neighbour.device_mesh.ndim
     return DTensor.from_local(local, neighbour.device_mesh, everywhere, run_check=False)
+
+
+class Copies:
+    """Copies of parts in host memory, made in another thread while training goes on: whoever is about to change the
+    originals calls `hold` before. Parts that share memory travel as one, and none twice.
+
+    From a GPU they leave on a stream of their own for pinned memory, as they are after all that was launched before
+    this was made.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._sent: torch.cuda.Event | None = None
+        self._read = Event()
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+
+    def make(self, parts: Callable[[], Mapping[str, Part]]) -> dict[str, Part]:
+        """Copies of parts, all of them there. Called once, in any thread."""
+        try:
+            originals = dict(parts())
+            found = {}
+            for own in together(originals).values():
+                found |= copied(own, self._stream)
+            if self._stream is not None:
+                self._sent = torch.cuda.Event()
+                self._sent.record(self._stream)
+        finally:
+            self._read.set()  # a failure is told to who called; nobody waits for it
+        if self._sent is not None:
+            self._sent.synchronize()  # the originals are kept until here: no memory that is read is given to others
+        return {name: replace(part, local=found[place_of(part.local)]) for name, part in originals.items()}
+
+    def hold(self) -> None:
+        """Before the originals change. For what lies in host memory the host waits until it is read; of a GPU the
+        current stream waits for what leaves it."""
+        self._read.wait()
+        if self._stream is not None and self._sent is not None:
+            torch.cuda.current_stream(self._stream.device).wait_event(self._sent)
+
+
+Place = tuple[int, torch.dtype, int, tuple[int, ...], tuple[int, ...]]  # memory, dtype, offset, shape, stride
+
+
+def place_of(tensor: Tensor) -> Place:
+    """What a tensor shows of which memory: alike for those that are the same."""
+    return home_of(tensor), tensor.dtype, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride()
+
+
+def together(parts: Mapping[str, Part]) -> dict[tuple[int, torch.dtype], dict[Place, Tensor]]:
+    """The different tensors of parts, by the memory that they lie in."""
+    found: dict[tuple[int, torch.dtype], dict[Place, Tensor]] = {}
+    for part in parts.values():
+        place = place_of(part.local)
+        found.setdefault(place[:2], {})[place] = part.local
+    return found
+
+
+def copied(own: Mapping[Place, Tensor], stream: torch.cuda.Stream | None) -> dict[Place, Tensor]:
+    """Copies in host memory of tensors that share memory: of all of it at once where they fill it, else of each. Those
+    of a GPU are on their way on the stream."""
+    stretch = stretch_of(list(own.values())) if len(own) > 1 else None
+    if stretch is None:
+        return {place: in_host_memory(tensor, stream) for place, tensor in own.items()}
+    host, first = in_host_memory(stretch, stream), stretch.storage_offset()
+    return {place: host.as_strided(t.shape, t.stride(), t.storage_offset() - first) for place, t in own.items()}
+
+
+def in_host_memory(tensor: Tensor, stream: torch.cuda.Stream | None) -> Tensor:
+    """A copy; one of a GPU's on its way there."""
+    if not tensor.is_cuda or stream is None:
+        return tensor.to("cpu", copy=True)
+    with torch.cuda.stream(stream):  # which makes its device this thread's too
+        return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 class Writing(DefaultSavePlanner):

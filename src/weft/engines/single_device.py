@@ -1,18 +1,23 @@
 """One device of one process: placement, autocast, loss scaling, recomputation, clipping, and the guard of each step."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, TypeVar
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from weft.contracts import Batch, Berth, Stepped
-from weft.engines.gradients import clip
+from weft.engines.activations import Activations
+from weft.engines.compiling import Compiler, Region
+from weft.engines.flat_adamw import FlatAdamW
+from weft.engines.gradients import divisor, move
 from weft.engines.offload import Inputs
+from weft.engines.prefetch import carried, host_memory
 from weft.engines.processes import Alone, Together
 from weft.engines.recompute import recompute
 from weft.engines.residency import (
@@ -27,9 +32,11 @@ from weft.engines.residency import (
     tensors_of,
     together,
 )
+from weft.engines.saved import keep_elsewhere
 from weft.engines.streaming import Stream, Turns
 from weft.engines.transfer import through_clone, verified_copy
 from weft.errors import ConfigError
+from weft.math.end_to_end import length_of
 
 T = TypeVar("T")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,7 +44,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 class SingleEngine:
     """One device. `can` names what objectives may need: 'functional' goes when blocks are recomputed, because
-    recomputation inside fast weights gives wrong gradients without an error.
+    recomputation inside fast weights gives wrong gradients without an error, and when autograd keeps things elsewhere.
 
     The engines of several processes are made from it: each of them has a device of its own.
     """
@@ -48,6 +55,7 @@ class SingleEngine:
         precision: str,
         residence: Residence | None = None,
         processes: Alone | Together | None = None,
+        compiler: Compiler | None = None,
     ) -> None:
         self.processes = processes = processes or Alone()
         self.rank, self.world = processes.rank, processes.layout.world
@@ -56,10 +64,15 @@ class SingleEngine:
         self.device = device
         self.precision = precision
         self.residence = residence = residence or Residence()
-        self.can = frozenset({"roles"} | (set() if residence.recompute else {"functional"}))
+        away = residence.recompute or residence.stream_blocks or residence.offload_activations
+        self.can = frozenset({"roles"} | (set() if away else {"functional"}))
+        self.compiler: Compiler | None = None  # of the networks that are placed; None: their blocks run as they are
+        self.compile_with(compiler)
         self.scaler = GradScaler(device.type, enabled=precision == "fp16")
         self.ring = Ring(device, min(RING, residence.stream_blocks), residence.verified)
         self.inputs = Inputs(device, residence.pinned) if residence.offload_inputs else None
+        self.activations = Activations(device, residence.pinned) if residence.offload_activations else None
+        self.regions: list[Region] = []  # of each network that was placed, where blocks are compiled
         self.streams: WeakSet[Stream] = WeakSet()  # one of each network; it lives as long
         self._parked: set[int] = set()  # addresses of weights that were left in host memory for another expert's turn
 
@@ -68,6 +81,12 @@ class SingleEngine:
         """Raises ConfigError when the device is not there."""
         chosen = device_here(device)
         return cls(chosen, best_precision(chosen) if precision == "auto" else precision, residence)
+
+    def compile_with(self, compiler: Compiler | None) -> None:
+        """How the blocks of networks that are placed from now on are compiled. Fast weights go with none."""
+        self.compiler = compiler
+        if compiler is not None:
+            self.can -= {"functional"}
 
     def carry(self, module: nn.Module) -> nn.Module:
         if self.residence.verified:
@@ -102,8 +121,8 @@ class SingleEngine:
         return tensor.to(self.device)
 
     def place(self, network: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
-        """Bring to the device what is not there yet and does not wait in host memory; make blocks recompute and
-        stream where that was asked for. Raises ConfigError when more blocks are to be streamed than can be."""
+        """Bring to the device what is not there yet and does not wait in host memory; make blocks stream, recompute
+        and compile where that was asked for. Raises ConfigError when more blocks are to be streamed than can be."""
         frozen = frozen_by_block(network, blocks)
         numbers = streamed_blocks(len(blocks), self.residence.stream_blocks)
         stream = Stream({i: Parcel(frozen[i], self._pins) for i in numbers}, self.ring)
@@ -112,10 +131,23 @@ class SingleEngine:
             parked = bool(self._parked) and not tensor.requires_grad and tensor.data_ptr() in self._parked
             if not parked and id(tensor) not in stream.tensors:
                 tensor.data = self._moved(tensor.data)
-        if self.residence.recompute:
-            for number, block in enumerate(blocks):
-                recompute(block, stream.entrance(number), self.inputs)
+        self.ready(blocks, stream)
         return network
+
+    def ready(self, blocks: Sequence[nn.Module], stream: Stream | None = None) -> None:
+        """Have blocks compiled and recomputed, where that was asked for. What is compiled is the forward that a block
+        has now; recomputation stands around it."""
+        if self.compiler is not None:
+            region = Region(self.compiler)
+            self.regions.append(region)
+            for block in blocks:
+                region.compile(block)
+        for number, block in enumerate(blocks):
+            entrance = None if stream is None else stream.entrance(number)
+            if self.residence.recompute:
+                recompute(block, entrance, self.inputs, self.residence.recompute)
+            elif entrance is not None or self.activations is not None:
+                keep_elsewhere(block, entrance, self.activations)
 
     @property
     def _pins(self) -> bool:
@@ -143,12 +175,17 @@ class SingleEngine:
 
     def put(self, batch: Batch) -> Batch:
         if self.residence.verified:
-            return Batch({name: verified_copy(t, self.device) for name, t in batch.tensors.items()}, batch.keys)
+            copies = {name: verified_copy(t, self.device) for name, t in batch.tensors.items()}
+            return replace(batch, tensors=copies)
         # Only pinned memory may be copied without waiting: from pageable memory mps returns garbage.
-        return Batch(
-            {n: t.to(self.device, non_blocking=self.device.type == "cuda") for n, t in batch.tensors.items()},
-            batch.keys,
-        )
+        quick = self.device.type == "cuda"
+        return replace(batch, tensors={n: t.to(self.device, non_blocking=quick) for n, t in batch.tensors.items()})
+
+    def feeding(self, feed: Iterator[Batch], count: Callable[[Batch], int]) -> Iterator[tuple[Batch, int]]:
+        return carried(feed, count, self.put, self.device)
+
+    def host_memory(self, size: int) -> Tensor:
+        return host_memory(size, self.device, self.residence.pinned)
 
     def computing(self) -> AbstractContextManager[Any]:
         if self.precision == "fp32":
@@ -174,28 +211,34 @@ class SingleEngine:
         self.scaler.scale(loss).backward()
 
     def step(self, optimizer: Optimizer, max_norm: float) -> Stepped:
-        """Unscale, measure the norm, clip, move, and clear. A gradient that is not finite moves nothing."""
-        self.scaler.unscale_(optimizer)
-        gradients = self.gradients(optimizer)
-        total = self.norm(gradients)
-        norm = float(total)
+        """Measure the norm, unscale and clip, move, and clear. A gradient that is not finite moves nothing.
+
+        The host reads no number, unless the optimizer is one that cannot decide for itself whether to move.
+        """
+        gradient, length = self.gradient(optimizer)
+        scale = self.scaler.scale(torch.ones((), device=self.device)) if self.scaler.is_enabled() else None
+        norm = length if scale is None else length / scale
         moved = norm < float("inf")  # False for nan too
-        if moved:
-            if max_norm and norm > max_norm:
-                clip(gradients, max_norm, total)
-            self.scaler.step(optimizer)
-        overflow = not moved and self.scaler.is_enabled()
-        self.scaler.update()
+        move(optimizer, gradient, divisor(norm, max_norm, scale), moved)
+        self.note(moved)
         optimizer.zero_grad(set_to_none=True)
-        return Stepped(norm=norm, moved=moved, overflow=overflow)
+        return Stepped(norm, moved, self.scaler.is_enabled())
 
-    def gradients(self, optimizer: Optimizer) -> list[Tensor]:
-        """What this process holds of the gradients that an optimizer moves by."""
-        return [p.grad for p in parameters_of(optimizer) if p.grad is not None]
+    def gradient(self, optimizer: Optimizer) -> tuple[list[Tensor], Tensor]:
+        """What this process holds of the gradient that an optimizer moves by, and the length () fp32 of the whole."""
+        if isinstance(optimizer, FlatAdamW) and (flat := optimizer.gather()) is not None:
+            return [flat], length_of(flat)
+        found = [p.grad for p in parameters_of(optimizer) if p.grad is not None]
+        return found, nn.utils.get_total_norm(found) if found else torch.zeros((), device=self.device)
 
-    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        """The length of the whole gradient, fp32."""
-        return nn.utils.get_total_norm(list(gradients))
+    def note(self, moved: Tensor) -> None:
+        """Tell the loss scaler whether the gradient was finite, on the device."""
+        if self.scaler.is_enabled():
+            # It looks at gradients; the length of the real ones has said all that it wants to know.
+            witness = nn.Parameter(torch.zeros(1, device=self.device))
+            witness.grad = torch.where(moved, 0.0, float("inf")).view(1)
+            self.scaler.unscale_(SGD([witness], lr=0.0))
+            self.scaler.update()
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read afterwards tells the truth."""

@@ -4,10 +4,12 @@ which one at a time is on the device."""
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from weft.engines.residency import Parcel, Ring
+from weft.engines.residency import Parcel, Place, Ring
 
 
 class Stream:
@@ -40,9 +42,15 @@ class Stream:
             return self.numbers[place + 1]
         return None if torch.is_grad_enabled() else self.numbers[0]
 
+    def back(self, number: int, place: Place) -> Tensor:
+        """A weight of a block where it lies now, for a backward pass."""
+        with self.recomputing():
+            self.enter(number)
+        return self.ring.found(self.parcels[number], place)
+
     @contextmanager
     def recomputing(self) -> Iterator[None]:
-        """Inside, blocks run again because a backward pass asks for them."""
+        """Inside, blocks are entered because a backward pass asks for them."""
         self.backwards = True
         try:
             yield
@@ -63,6 +71,34 @@ class Entrance:
     def again(self) -> AbstractContextManager[None]:
         """Around the block's second run, in the backward pass."""
         return self.stream.recomputing()
+
+    def kept(self, tensor: Tensor) -> "Streamed | None":
+        """What autograd holds in place of a weight that lies in the ring; None for any other tensor."""
+        place = self.stream.ring.place_of(self.stream.parcels[self.number], tensor)
+        return None if place is None else Streamed(self.stream, self.number, place)
+
+    def expect(self, output: object) -> None:
+        """Have the weights there when the block's backward pass begins, for those who keep them past autograd."""
+        tensors = output if isinstance(output, Sequence) else (output,)
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+                tensor.grad_fn.register_prehook(self._turn)
+
+    def _turn(self, gradients: tuple[Any, ...]) -> None:
+        with self.stream.recomputing():
+            self.stream.enter(self.number)
+
+
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """What autograd holds in place of a weight that passes through the ring: whose it is, and where in its parcel."""
+
+    stream: Stream
+    number: int
+    place: Place
+
+    def back(self) -> Tensor:
+        return self.stream.back(self.number, self.place)
 
 
 class Turns:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
 from weft.contracts import Berth, Stepped
 from weft.engines.processes import Together
@@ -40,8 +40,6 @@ class ZeroEngine(SingleEngine):
         self.gathering: Gathering | None = None
         self._outside: list[nn.Parameter] = []  # frozen, of no block
         self._let_in: Callable[[], None] = lambda: None
-        # What torch's loss scaler looks at in place of the gradients, which lie in DeepSpeed's own buffers.
-        self.witness = SGD([nn.Parameter(torch.zeros(1, device=device))], lr=0.0)
 
     # ---- Weights ---------------------------------------------------------------------------------------------------
 
@@ -106,17 +104,12 @@ class ZeroEngine(SingleEngine):
         if self.gathering is not None:
             self.gathering.after_step()
         moved = not inside.overflow
-        norm = float(engine.get_global_grad_norm())
-        overflow = not moved and self.scaler.is_enabled()
-        self._note(moved)
-        return Stepped(norm=norm, moved=moved, overflow=overflow)
-
-    def _note(self, finite: bool) -> None:
-        """Tell the loss scaler whether the gradient was finite."""
-        (parameter,) = self.witness.param_groups[0]["params"]
-        parameter.grad = torch.full_like(parameter, 0.0 if finite else float("inf"))
-        self.scaler.unscale_(self.witness)
-        self.scaler.update()
+        stepped = Stepped(
+            torch.tensor(float(engine.get_global_grad_norm()), device=self.device),
+            torch.tensor(moved, device=self.device), self.scaler.is_enabled(),
+        )  # fmt: skip
+        self.note(stepped.moved)
+        return stepped
 
     def close(self) -> None:
         for optimizer in self.owned.values():

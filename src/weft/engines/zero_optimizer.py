@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from weft.engines.flat_adamw import FlatAdamW
 from weft.errors import ConfigError, RunError
 
 # Those that treat every number for itself: only they do not notice that ZeRO lays parameters end to end and cuts them.
@@ -58,6 +59,8 @@ class ZeroOptimizer(Optimizer):
     """
 
     def __init__(self, given: Optimizer) -> None:
+        if isinstance(given, FlatAdamW):
+            given = given.apart()  # ZeRO lays parameters end to end itself
         kind = type(given)
         if kind.__name__ not in ELEMENTWISE or not kind.__module__.startswith("torch.optim"):
             raise ConfigError(

@@ -6,9 +6,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from weft.errors import ConfigError, ModelError, did_you_mean
+from weft.families.computing import SAID, Compute, check_precision_goes, check_storage_goes
+from weft.families.encoder_kinds import is_encoder
 from weft.families.kernels import Kernels
 from weft.section import Section
 
@@ -40,6 +42,7 @@ class CausalLM(Section):
         description="of the frozen weights in memory; auto: the engine's precision, and fp8 where the files have that; "
         "fp8, int8, nf4: the linear layers of the blocks, decoded for each multiplication",
     )
+    compute: Compute = Field(default="full", description=SAID)
     longest: int | None = Field(
         default=None, ge=1, description="tokens of the longest row that is allowed; null: what the model was made for"
     )
@@ -69,6 +72,11 @@ class CausalLM(Section):
         "w2": "mlp.down_proj",
         "ffn": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
     }
+
+    @model_validator(mode="after")
+    def _what_is_kept_can_be_multiplied(self) -> "CausalLM":
+        check_storage_goes(self.compute, self.dtype)
+        return self
 
     # ---- What the model is ----
 
@@ -193,10 +201,11 @@ class CausalLM(Section):
         from weft.families.weights import Form
 
         self.weight_dtype(precision)
+        check_precision_goes(self.compute, precision)
         stored = Tensors({name: (entry.dtype, entry.shape) for name, entry in self.weights.entries.items()})
         full, storage = storage_of(self.dtype, precision, precision_of(stored))
         check_storage(storage)
-        return Form(full, storage, kept_wide(network, full))
+        return Form(full, storage, kept_wide(network, full), self.compute)
 
     def source_of(self, network: "PreTrainedModel") -> "Source":
         from weft.families.text_weights import open_source
@@ -255,13 +264,15 @@ class CausalLM(Section):
         from weft.contracts import Tokens
 
         assert isinstance(inputs, Tokens), "a language model is asked about tokens"
-        return call(ids=inputs.ids, positions=inputs.positions, labels=inputs.labels)
+        return call(
+            ids=inputs.ids, positions=inputs.positions, labels=inputs.labels, learned=inputs.learned, texts=inputs.texts
+        )
 
 
 def is_language_model(folder: Path) -> bool:
-    """Whether a folder is one as transformers saves it, and no part of a video model."""
+    """Whether a folder is one as transformers saves it, and neither part of a video model nor an encoder."""
     path = folder / "config.json"
-    if not path.is_file() or (folder / "model_index.json").exists():
+    if not path.is_file() or (folder / "model_index.json").exists() or is_encoder(folder):
         return False
     try:
         plain = json.loads(path.read_text("utf-8"))

@@ -52,6 +52,12 @@ class HunyuanVideo(VideoModel):
     guidance: float = Field(
         default=1.0, gt=0, description="the guidance that the network is told while it trains; samples tell their own"
     )
+    lean: bool = Field(
+        default=True,
+        description="compute the network by Weft's own code, equal to diffusers' to rounding: for the backward "
+        "pass a double block keeps 10 tensors of its tokens' width and a single one 9, and attention has no mask where "
+        "the texts of a batch are of one length; false: diffusers' code, which has gradients of gradients too",
+    )
 
     network_class: ClassVar[str] = "HunyuanVideoTransformer3DModel"
     targets: ClassVar[Mapping[str, str]] = {
@@ -124,7 +130,8 @@ class HunyuanVideo(VideoModel):
         config = self.network_config
         return {
             "text": torch.randn(items, self.text_length, config["text_embed_dim"]),
-            "text_mask": torch.ones(items, self.text_length, dtype=torch.bool),
+            # Several texts are masked, for they may have any lengths; one is as long as it is.
+            "text_mask": torch.ones(items, self.text_length if items > 1 else 1, dtype=torch.bool),
             "pooled": torch.randn(items, config["pooled_projection_dim"]),
         }
 
@@ -147,7 +154,7 @@ class HunyuanVideo(VideoModel):
     def prepared(self, network: "nn.Module") -> "nn.Module":
         from weft.families.hunyuan_network import prepared
 
-        return prepared(network)
+        return prepared(network, self.lean)
 
     def encoders(self, device: "torch.device", carry: "Callable[[nn.Module], nn.Module]") -> "Encoders":
         from diffusers import AutoencoderKLHunyuanVideo
@@ -176,7 +183,10 @@ class HunyuanVideo(VideoModel):
         divide_hunyuan(network, sequence)
 
     def forward(self, call: Callable[..., Any], inputs: "Denoise | Tokens") -> "Tensor":
-        """The velocity. Only what the mask calls text is attended to; guidance is told in thousandths, as time is."""
+        """The velocity. Only what the mask calls text is attended to; guidance is told in thousandths, as time is.
+
+        A mask (B, 1) says that all is text, and then there is none: fused kernels know no masks.
+        """
         import torch
 
         from weft.contracts import Denoise
@@ -185,15 +195,17 @@ class HunyuanVideo(VideoModel):
         assert isinstance(inputs, Denoise), "a video model is asked about latents"
         assert inputs.given is None, "HunyuanVideo takes no clean frame"
         x, cond = inputs.x, inputs.cond
-        guidance = None
+        text, mask, guidance = cond["text"], cond["text_mask"], None
+        if mask.shape[1] == 1:
+            mask = None if self.lean else mask.expand(text.shape[:2])
         if self.embeds_guidance:
             told = cond["guidance"] if "guidance" in cond else torch.full_like(inputs.t, self.guidance)
             guidance = network_timestep(told)
         return call(
             hidden_states=x,
             timestep=network_timestep(inputs.t),
-            encoder_hidden_states=cond["text"].to(x.dtype),
-            encoder_attention_mask=cond["text_mask"],
+            encoder_hidden_states=text.to(x.dtype),
+            encoder_attention_mask=mask,
             pooled_projections=cond["pooled"].to(x.dtype),
             guidance=guidance,
             return_dict=False,

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from hashlib import _Hash as HASH
 
 SHIPPED = {"tiny-wan": "demo/tiny_wan"}  # small pre-trained models inside the package, by the name of their source
+SUFFIX = ".drawn"  # of lists of weights that no file holds, see drawn.py
 SAMPLED_BLOCKS = 64  # of a weight file, for its fingerprint
 BLOCK_BYTES = 1 << 16
 
@@ -57,6 +58,8 @@ def read_config(folder: Path, part: str, expected_class: str) -> dict[str, Any]:
 def weight_files(folder: Path, part: str) -> list[Path]:
     """The safetensors files of a part, sorted and whole. Raises ModelError when there are none, or not all of them."""
     found = sorted((folder / part).glob("*.safetensors"))
+    if not found and (drawn := sorted((folder / part).glob(f"*{SUFFIX}"))):
+        return drawn
     if not found:
         raise ModelError(
             f"{folder / part} has no .safetensors file. Weft reads weights from safetensors only; "

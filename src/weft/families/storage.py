@@ -13,11 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from weft.errors import ModelError
+from weft.errors import ConfigError, ModelError
+from weft.math.float8 import MULTIPLE, by_rows, fits
+from weft.math.frozen import frozen_product
+from weft.projection import Kernel, computing_dtype
 
 FULL = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PACKED = ("fp8", "int8", "nf4")
 BLOCK = 64  # numbers along the input that share a scale
+SAMPLED = 64  # rows by which the rounding of a weight is known
 CHUNK = 1 << 24  # numbers that are encoded at once: the copy in fp32 stays small
 FP8 = torch.float8_e4m3fn
 
@@ -75,6 +79,18 @@ class Float8:
 
 
 @dataclass(frozen=True)
+class Float8Rows(Float8):
+    """Eight-bit floats as they are multiplied: e4m3 with one scale for each row, a power of two."""
+
+    def encode(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        codes, scale = by_rows(weight.float())
+        return codes.view(torch.uint8), scale
+
+    def bytes_of(self, shape: tuple[int, int]) -> tuple[int, int]:
+        return prod(shape), 4 * shape[0]
+
+
+@dataclass(frozen=True)
 class Int8:
     """Integers in -127..127 with an fp32 scale for each block."""
 
@@ -107,6 +123,7 @@ class Nf4:
 
 
 PACKINGS: dict[str, Packing] = {"fp8": Float8(), "int8": Int8(), "nf4": Nf4()}
+COMPUTED = Float8Rows()  # of the layers that are multiplied in fp8
 
 
 def _bitsandbytes() -> Any:
@@ -130,6 +147,14 @@ def encoded(packing: Packing, weight: Tensor) -> tuple[Tensor, Tensor]:
     return (codes[0], scales[0]) if len(parts) == 1 else (torch.cat(codes), torch.cat(scales))
 
 
+def rounding_of(packing: Packing, weight: Tensor, codes: Tensor, scale: Tensor) -> float:
+    """Relative error of codes, on some rows of the weight (out, in) that they were made from."""
+    rows = slice(None, None, max(1, weight.shape[0] // SAMPLED))
+    wanted = weight[rows].float()
+    found = packing.decode(codes[rows], scale[rows], (wanted.shape[0], wanted.shape[1]), torch.float32)
+    return float((found - wanted).norm() / wanted.norm().clamp_min(1e-38))
+
+
 def check_storage(storage: str) -> None:
     """Raises ModelError where a storage cannot be used on this machine."""
     if storage == "nf4":
@@ -151,12 +176,39 @@ def storage_of(dtype: str, precision: str, stored: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Packed:
-    """A weight (out, in) as codes and scales."""
+    """A weight (out, in) as codes and scales. kernel: how it is multiplied; None: decoded first. rounding: how far the
+    codes are from what was encoded, relative, where that is known."""
 
     codes: Tensor
     scale: Tensor
     shape: tuple[int, int]
     packing: Packing
+    kernel: Kernel | None = None
+    rounding: float = 0.0
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """A layer of codes, scales and a bias or None, decoded for each multiplication; nothing decoded is kept."""
+
+    packing: Packing
+    shape: tuple[int, int]
+
+    def product(self, x: Tensor, *tensors: Tensor | None) -> Tensor:
+        """x W^T + b (N, out) of x (N, in), in x's dtype."""
+        return frozen_product(self, x, *tensors)
+
+    def multiplied(self, x: Tensor, *tensors: Tensor | None) -> Tensor:
+        codes, scale, bias = tensors
+        assert codes is not None and scale is not None
+        weight = self.packing.decode(codes, scale, self.shape, x.dtype)
+        return functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+    def gradient(self, grad: Tensor, *tensors: Tensor | None) -> Tensor:
+        """grad W (N, in) of grad (N, out), in grad's dtype."""
+        codes, scale, _ = tensors
+        assert codes is not None and scale is not None
+        return grad @ self.packing.decode(codes, scale, self.shape, grad.dtype)
 
 
 class PackedLinear(nn.Linear):
@@ -169,6 +221,8 @@ class PackedLinear(nn.Linear):
         self.scale = nn.Parameter(packed.scale, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.packing, self.dtype = packed.packing, dtype
+        self.kernel: Kernel = packed.kernel or Decoding(packed.packing, packed.shape)
+        self.rounding = packed.rounding
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -178,38 +232,30 @@ class PackedLinear(nn.Linear):
     def decode(self, dtype: torch.dtype) -> Tensor:
         return self.packing.decode(self.codes, self.scale, (self.out_features, self.in_features), dtype)
 
+    def weft_kernel(self) -> tuple[Kernel, tuple[Tensor | None, ...]]:
+        """For whoever multiplies by itself: see weft.projection."""
+        return self.kernel, (self.codes, self.scale, self.bias)
+
     def forward(self, input: Tensor) -> Tensor:
         """Computed in autocast's dtype, else the input's."""
-        kind = input.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
-        bias = None if self.bias is None else self.bias.to(dtype)
-        shape = (self.out_features, self.in_features)
-        return _Product.apply(input.to(dtype), self.codes, self.scale, bias, shape, self.packing)
+        kernel, tensors = self.weft_kernel()
+        return kernel.product(input.to(computing_dtype(input)), *tensors)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, packing={self.packing}"
+        return f"{super().extra_repr()}, packing={self.packing}, kernel={type(self.kernel).__name__}"
 
 
-class _Product(torch.autograd.Function):
-    """x W^T + b. For the backward pass the codes are kept, which are there anyhow, and decoded once more."""
-
-    @staticmethod
-    def forward(
-        x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, shape: tuple[int, int], packing: Packing
-    ) -> Tensor:
-        return functional.linear(x, packing.decode(codes, scale, shape, x.dtype), bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, codes, scale, _, ctx.shape, ctx.packing = inputs
-        ctx.save_for_backward(codes, scale)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        codes, scale = ctx.saved_tensors
-        (gradient,) = gradients
-        weight = ctx.packing.decode(codes, scale, ctx.shape, gradient.dtype)
-        return gradient @ weight, None, None, None, None, None
+def computable(network: nn.Module, blocks: Sequence[nn.Module]) -> set[str]:
+    """Paths of the linear layers that may be multiplied in fp8: those that may be packed, but for the first and the
+    last block, whose errors show most, and for widths that the hardware does not take. Raises ConfigError for none."""
+    inner = packable(network, blocks[1:-1])
+    found = {path for path, layer in inner.items() if fits(layer.out_features, layer.in_features)}
+    if not found:
+        raise ConfigError(
+            "family.compute: fp8 leaves the first and the last block as they are, and takes layers whose widths divide "
+            f"by {MULTIPLE}. This network of {len(blocks)} blocks has none. Write family.compute=full."
+        )
+    return found
 
 
 def packable(network: nn.Module, blocks: Sequence[nn.Module]) -> dict[str, nn.Linear]:

@@ -10,12 +10,14 @@ from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
 
 from weft.errors import ModelError
-from weft.families.loading import safetensors_header
+from weft.families.drawn import Pool, read_list
+from weft.families.loading import SUFFIX, safetensors_header
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
@@ -51,6 +53,11 @@ class WeightFiles:
             found |= entries_of(path)
         return found
 
+    @cached_property
+    def pool(self) -> Pool:
+        """What weights that no file holds are cut from; a list has one dtype."""
+        return Pool(DTYPES[next(iter(self.entries.values())).dtype])
+
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: entry.shape for name, entry in self.entries.items()}
@@ -58,6 +65,9 @@ class WeightFiles:
     def read(self, name: str, rows: Sequence[tuple[int, int]] = ()) -> Tensor:
         """A tensor in memory of its own, as it was stored; of the ranges of rows alone, where some are named."""
         entry = self.entries[name]
+        if entry.file.suffix == SUFFIX:
+            whole = self.pool.tensor(name, entry.shape)
+            return torch.cat([whole[a:b] for a, b in rows]) if rows else whole
         if entry.file.suffix != ".safetensors":
             if self.mapped is None or self.mapped[0] != entry.file:
                 self.mapped = (entry.file, pickled(entry.file))
@@ -101,13 +111,16 @@ def entries_of(path: Path) -> dict[str, Entry]:
             name: Entry(entry["dtype"], tuple(entry["shape"]), path, begin + entry["data_offsets"][0])
             for name, entry in header.items()
         }
+    if path.suffix == SUFFIX:
+        return {name: Entry(dtype, shape, path) for name, (dtype, shape) in read_list(path).items()}
     return {name: Entry(DTYPE_NAMES[t.dtype], tuple(t.shape), path) for name, t in pickled(path).items()}
 
 
 def pickled(path: Path) -> Mapping[str, Tensor]:
-    """The tensors of a PyTorch file, mapped and not read; nothing in it can run code. Raises ModelError."""
+    """The tensors of a PyTorch file, mapped and not read; one of the old form, which cannot be mapped, is read. Nothing
+    in it can run code. Raises ModelError."""
     try:
-        held: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        held: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except MemoryError:
         raise
     except Exception as damaged:  # torch raises many kinds for a file that is damaged or would run code

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from importlib.util import find_spec
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -12,15 +13,21 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import flex_attention_mask
 
 from weft.errors import ConfigError
+from weft.families.text_packed import register_packed
+from weft.math.packed_attention import Lengths
+from weft.math.sdpa_policy import HOPPER
+from weft.math.sending import sent
 
 FLEX = "weft_flex"
 TRANSFORMERS_NAMES = {"flash": "flash_attention_2", "flex": FLEX}
+LATER_FLASH = "flash_attn_interface"  # of the third version, which Hopper wants
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # item, head, query, key -> whether it is seen
 
 
-def set_attention(network: PreTrainedModel, choice: str) -> None:
-    """Choose how attention is computed. Raises ConfigError for what the model or this machine has not."""
+def set_attention(network: PreTrainedModel, choice: str, *, packed: bool = False) -> None:
+    """Choose how attention is computed. packed: whether sdpa may attend to packed texts one by one. Raises ConfigError
+    for what the model or this machine has not."""
     config = network.config
     softcap = config.to_dict().get("attn_logit_softcapping")
     if choice == "auto":
@@ -39,12 +46,24 @@ def set_attention(network: PreTrainedModel, choice: str) -> None:
     if choice == "flex":
         AttentionInterface.register(FLEX, flex)
         AttentionMaskInterface.register(FLEX, flex_mask)
-    config._attn_implementation = TRANSFORMERS_NAMES.get(choice, choice)
+    if choice == "sdpa" and packed:
+        choice = register_packed()
+    later = choice == "flash" and has_later_flash()
+    config._attn_implementation = "flash_attention_3" if later else TRANSFORMERS_NAMES.get(choice, choice)
+
+
+def has_later_flash() -> bool:
+    """Whether this is a Hopper and flash-attn 3 is installed. The second version runs there too, at about 0.6 of the
+    speed, and is not refused: torch has no other kernel that keeps packed conversations apart without a mask, and of a
+    language model's step attention to short conversations is a small part."""
+    if not torch.cuda.is_available() or torch.version.hip is not None or find_spec(LATER_FLASH) is None:
+        return False
+    return torch.cuda.get_device_capability()[0] == HOPPER
 
 
 def check_flash(place: str) -> None:
     """Raises ConfigError where flash-attn cannot run."""
-    if find_spec("flash_attn") is None:
+    if find_spec("flash_attn") is None and not has_later_flash():
         raise ConfigError(
             f"{place} needs the package flash-attn, which is not installed. Install it with pip install 'weft[flash]', "
             "or write family.kernels.attention=auto."
@@ -93,10 +112,16 @@ def flex(
     return out.transpose(1, 2).contiguous(), None
 
 
-def cuts(positions: Tensor) -> dict[str, Any]:
-    """Where conversations begin in all rows laid end to end, as varlen kernels are told."""
+def cuts(positions: Tensor, texts: Lengths | None = None) -> dict[str, Any]:
+    """Where conversations begin in all rows laid end to end, as varlen kernels are told. texts: their lengths, where
+    the host knows them; else it waits for the device."""
     flat = positions.flatten()
-    starts = (flat == 0).nonzero().squeeze(1).to(torch.int32)
-    ends = torch.cat([starts, starts.new_tensor([len(flat)])])
-    longest = int(ends.diff().max())
+    if texts is None:
+        starts = (flat == 0).nonzero().squeeze(1).to(torch.int32)
+        ends = torch.cat([starts, starts.new_tensor([len(flat)])])
+        longest = int(ends.diff().max())
+    else:
+        lengths = [length for row in texts for length in row]
+        ends = sent(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), flat.device)
+        longest = max(lengths)
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from weft.errors import ConfigError
 from weft.families.liger import liger
+from weft.math.packed_attention import RmsNorm, turned_halves
 
 Binary = Callable[[Tensor, Tensor], Tensor]
 Rotary = Callable[..., tuple[Tensor, Tensor]]
@@ -49,8 +50,9 @@ def _noise(*shape: int, seed: int) -> Tensor:
 
 
 def _twin(module: nn.Module, parameters: Mapping[str, Tensor], children: Mapping[str, nn.Module]) -> nn.Module:
-    """A module of the same class and settings with other weights."""
+    """A module of the same class and settings with other weights, on its class's own forward."""
     twin = copy.copy(module)
+    vars(twin).pop("forward", None)
     twin._parameters = {name: nn.Parameter(value, requires_grad=False) for name, value in parameters.items()}
     twin._modules = dict(children)
     return twin
@@ -63,20 +65,6 @@ def _same(a: Tensor, b: Tensor) -> bool:
 # ---- RMSNorm ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Norm:
-    """x / sqrt(mean(x^2) + eps) times offset + w; Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4."""
-
-    eps: float
-    offset: float
-
-    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
-        if self.offset:
-            # 1 + w in half precision would lose most of w.
-            return functional.rms_norm(x.float(), x.shape[-1:], self.offset + weight.float(), self.eps).to(x.dtype)
-        return functional.rms_norm(x, x.shape[-1:], weight.to(x.dtype), self.eps)
-
-
 def norms_of(network: nn.Module) -> Iterator[nn.Module]:
     """Modules with one vector of weights that take one tensor: norms, by their class's name."""
     for module in network.modules():
@@ -86,7 +74,7 @@ def norms_of(network: nn.Module) -> Iterator[nn.Module]:
                 yield module
 
 
-def norm_form(module: nn.Module) -> Norm | None:
+def norm_form(module: nn.Module) -> RmsNorm | None:
     """What kind of RMSNorm a module is; None for another norm."""
     eps = [value for value in vars(module).values() if isinstance(value, float)]
     if len(eps) != 1:
@@ -94,7 +82,7 @@ def norm_form(module: nn.Module) -> Norm | None:
     weight, x = _noise(WIDTH, seed=0), _noise(3, WIDTH, seed=1)
     twin = _twin(module, {"weight": weight}, {})
     for offset in (0.0, 1.0):
-        norm = Norm(eps[0], offset)
+        norm = RmsNorm(eps[0], offset)
         if all(_same(twin(x * size), norm(x * size, weight)) for size in (1.0, 1e-3)):  # eps counts in small ones
             return norm
     return None
@@ -210,21 +198,13 @@ class _Turned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
+        return turned_halves(x, cos, sin)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn(gradients[0], cos, -sin), None, None
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    out = x * cos
-    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
-    return out
+        return turned_halves(gradients[0], cos, -sin), None, None
 
 
 def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:

@@ -104,4 +104,9 @@ def packable_blocks(network: nn.Module, form: Form) -> Sequence[nn.Module]:
             f"family.dtype: {form.storage} packs linear layers, and this mixture of experts keeps its experts in "
             f"tensors of another kind ('{joined[0]}'). Write family.dtype=auto, bf16 or fp16."
         )
+    if form.compute == "fp8" and joined:
+        raise ConfigError(
+            "family.compute: fp8 multiplies linear layers, and this mixture of experts keeps its experts in tensors of "
+            f"another kind ('{joined[0]}'). Write family.compute=full."
+        )
     return blocks

@@ -21,15 +21,20 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from weft.contracts import UNLEARNED
 from weft.errors import ConfigError, ModelError
 from weft.families.kernels import Kernels
+from weft.families.lean_text import lean_layers
 from weft.families.liger import liger
 from weft.families.text_attention import cuts, set_attention
 from weft.families.text_kernels import apply_kernels
+from weft.families.text_packed import PACKED, Packing, seen, told
 from weft.math.cross_entropy import Head, Kernel, Logits, head_losses, losses_through, softmax_losses
+from weft.math.packed_attention import Lengths
+from weft.math.traced import COMPILED
 
 KINDS = ("full_attention", "sliding_attention", "chunked_attention")  # of layers, that keep nothing but keys and values
 GRID = (-300.0, -40.0, -3.0, -0.5, 0.0, 0.1, 1.0, 7.0, 90.0)  # of a head's output, to know what becomes of it
 HUGE = 1e6
 WIDTH = 8  # of the hidden states in a shell
+ASKED = torch.tensor([[0, 1, 2, 0, 1]], device="cpu")  # positions of two conversations
 
 
 @dataclass(frozen=True)
@@ -49,9 +54,10 @@ def prepared(network: PreTrainedModel, kernels: Kernels) -> PreTrainedModel:
     """The network, frozen, on its kernels; called with ids, positions and labels it answers with losses (B, L), and
     called in transformers' own words as before. Raises ConfigError and ModelError."""
     network.requires_grad_(False).eval()
-    check_apart(network)
-    set_attention(network, kernels.attention)
+    causal = check_apart(network)
+    set_attention(network, kernels.attention, packed=causal)
     apply_kernels(network, kernels.rms_norm, kernels.mlp, kernels.rotary)
+    lean_layers(network, blocks_of(network), kernels.layer, {kernels.rms_norm, kernels.mlp, kernels.rotary})
     kernel = liger("cross_entropy").losses if kernels.cross_entropy == "liger" else softmax_losses
     logits = None if kernels.cross_entropy == "eager" else logits_of(network)
     if logits is None and kernels.cross_entropy not in ("auto", "eager"):
@@ -76,9 +82,10 @@ def prepared(network: PreTrainedModel, kernels: Kernels) -> PreTrainedModel:
 # ---- What the network is ------------------------------------------------------------------------------------------
 
 
-def check_apart(network: PreTrainedModel) -> None:
+def check_apart(network: PreTrainedModel) -> bool:
     """Refuse a network that cannot keep packed conversations apart: one whose layers carry a state along the row, or
-    whose attention is not told of positions."""
+    whose attention is not told of positions. Whether each token sees all before it, or a window of them, and no less.
+    """
     name = type(network).__name__
     foreign = sorted(set(network.config.to_dict().get("layer_types") or ()) - set(KINDS))
     if foreign or network._is_stateful:
@@ -87,16 +94,21 @@ def check_apart(network: PreTrainedModel) -> None:
             "Weft packs conversations into rows, and these layers would read across. Choose a model of attention alone."
         )
     takes = inspect.signature(type(network.base_model).forward).parameters
-    if "position_ids" not in takes or not network._supports_attention_backend or not masks_keep_apart(network):
+    masks = noted_masks(network)
+    if "position_ids" not in takes or not network._supports_attention_backend or not keep_apart(masks):
         raise ModelError(
             f"family.source: {name} does not mask attention by the positions of tokens, by which packed conversations "
             "are kept apart. Choose a model that does, such as Qwen3, Llama, Mistral or Gemma."
         )
+    window = network.config.to_dict().get("sliding_window")
+    known = [seen(ASKED), *([seen(ASKED, window)] if window else [])]
+    chunked = "chunked_attention" in (network.config.to_dict().get("layer_types") or ())
+    return not chunked and all(any(torch.equal(mask, form) for form in known) for mask in masks)
 
 
-def masks_keep_apart(network: PreTrainedModel) -> bool:
-    """Whether packed conversations of 3 and 2 tokens are told apart, found by asking a shell of the decoder: its layers
-    note the masks that they are given."""
+def noted_masks(network: PreTrainedModel) -> list[Tensor]:
+    """Who sees whom in packed conversations of 3 and 2 tokens, found by asking a shell of the decoder: its layers note
+    the masks that they are given."""
     layers = blocks_of(network)
     owner = next(m for m in network.modules() if any(_holds(child, layers) for child in m._modules.values()))
     noted: list[Tensor] = []
@@ -106,15 +118,18 @@ def masks_keep_apart(network: PreTrainedModel) -> bool:
         for name, child in owner._modules.items()
     }
     network.config._attn_implementation = "eager"  # whose masks are plain numbers
-    positions = torch.tensor([[0, 1, 2, 0, 1]], device="cpu")
     try:
         with torch.no_grad():
-            type(owner).forward(shell, input_ids=positions, position_ids=positions, use_cache=False)
+            type(owner).forward(shell, input_ids=ASKED, position_ids=ASKED, use_cache=False)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         pass  # after its layers a stub may not do; what they noted counts
-    own = (positions == 0).cumsum(1)
-    allowed = (own.mT == own) & torch.ones(5, 5, dtype=torch.bool, device="cpu").tril()
-    return bool(noted) and all(not (seen & ~allowed).any() and seen.diagonal(0, -2, -1).all() for seen in noted)
+    return noted
+
+
+def keep_apart(masks: Sequence[Tensor]) -> bool:
+    """Whether none of those masks lets a token see another conversation, or itself not."""
+    allowed = seen(ASKED)
+    return bool(masks) and all(not (mask & ~allowed).any() and mask.diagonal(0, -2, -1).all() for mask in masks)
 
 
 def _holds(module: nn.Module | None, layers: Sequence[nn.Module]) -> bool:
@@ -205,12 +220,15 @@ class _Given(nn.Module):
 # ---- Losses -------------------------------------------------------------------------------------------------------
 
 
-def token_losses(network: nn.Module, asking: Asking, ids: Tensor, positions: Tensor, labels: Tensor) -> Tensor:
-    """-log p of labels (B, L), fp32, 0 where nothing is learned. positions: a 0 begins a conversation."""
+def token_losses(
+    network: nn.Module, asking: Asking, ids: Tensor, positions: Tensor, labels: Tensor, learned: Tensor | None = None,
+    texts: Lengths | None = None,
+) -> Tensor:  # fmt: skip
+    """-log p of labels (B, L), fp32, 0 where nothing is learned. positions: a 0 begins a conversation. learned, texts:
+    see Tokens."""
     # With a cache transformers would not look where positions begin anew, and conversations would see each other.
     asked: dict[str, Any] = {"input_ids": ids, "position_ids": positions, "use_cache": False}
-    if asking.flash:
-        asked |= cuts(positions)
+    asked |= apart(network, asking, positions, texts)
     if asking.logits is None:
         logits = type(network).forward(network, **asked).logits
         flat = functional.cross_entropy(
@@ -218,14 +236,29 @@ def token_losses(network: nn.Module, asking: Asking, ids: Tensor, positions: Ten
         )
         return flat.view_as(labels)
     hidden = network.get_submodule(asking.base)(**asked).last_hidden_state  # (B, L, D)
-    return learned_losses(hidden, labels, network.get_submodule(asking.head), asking)
+    return learned_losses(hidden, labels, network.get_submodule(asking.head), asking, learned)
 
 
-def learned_losses(hidden: Tensor, labels: Tensor, head: nn.Module, asking: Asking) -> Tensor:
+def apart(network: Any, asking: Asking, positions: Tensor, texts: Lengths | None) -> dict[str, Any]:
+    """How attention is told where conversations begin; nothing, where transformers looks for itself."""
+    if asking.flash:
+        return cuts(positions, texts)
+    if texts is None or network.config._attn_implementation != PACKED:
+        return {}
+    if not hasattr(blocks_of(network)[0], COMPILED):
+        return told(Packing(texts, positions))
+    # A graph must not know lengths, which change with every batch: it takes a mask.
+    windowed = "sliding_attention" in (network.config.to_dict().get("layer_types") or ())
+    return {} if windowed else {"attention_mask": seen(positions)}
+
+
+def learned_losses(
+    hidden: Tensor, labels: Tensor, head: nn.Module, asking: Asking, learned: Tensor | None = None
+) -> Tensor:
     """Losses (B, L) of hidden states (B, L, D): the head is asked about learned tokens alone."""
     assert asking.logits is not None
     flat = labels.flatten()
-    places = learned_places(flat)
+    places = learned_places(flat) if learned is None else learned
     x, wanted = hidden.flatten(0, 1)[places], flat[places]
     if is_frozen(head):
         assert isinstance(head, nn.Linear)
@@ -236,7 +269,8 @@ def learned_losses(hidden: Tensor, labels: Tensor, head: nn.Module, asking: Aski
 
 
 def learned_places(labels: Tensor) -> Tensor:
-    """Numbers of the places (B L,) that are learned; of fake tensors, which an estimate is made with, all of them."""
+    """Numbers of the places (B L,) that are learned, for which the host waits; of fake tensors, which an estimate is
+    made with, all of them."""
     if isinstance(labels, FakeTensor):
         return torch.arange(len(labels), device=labels.device)
     return (labels != UNLEARNED).nonzero().squeeze(1)

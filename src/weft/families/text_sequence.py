@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from weft.errors import ConfigError
 from weft.families.text_network import blocks_of
+from weft.families.text_packed import PACKED
 from weft.math.attention import Attention
 from weft.models import SequenceGroup
 
@@ -70,6 +71,8 @@ def _check(network: PreTrainedModel, attentions: list[Any]) -> None:
 def _register(network: PreTrainedModel, attentions: list[Any], *, whole: bool) -> None:
     """Put the exchange between the layers and the attention that was chosen for them."""
     chosen = attentions[0].config._attn_implementation or "eager"
+    if chosen == PACKED:  # ranks that part the tokens attend under a mask
+        chosen = "sdpa"
     make = AttentionMaskInterface()[chosen]
     name = (OWN if whole else ROWS) + chosen
     AttentionInterface.register(name, functools.partial(exchanged, implementation=chosen))
@@ -113,7 +116,8 @@ class _Parted:
             labels = kwargs["labels"]
             self.asked = True
             try:
-                own = forward(*args, **{**kwargs, "labels": self.sequence.split(labels, 1)})
+                # Its places are those of the whole row; of its own part it looks for them.
+                own = forward(*args, **{**kwargs, "labels": self.sequence.split(labels, 1), "learned": None})
             finally:
                 self.asked = False
             return self.sequence.gather(own, 1, labels.shape[1])

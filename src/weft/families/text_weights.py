@@ -53,7 +53,7 @@ class JoinedSource(Source):
         return self.made(self.joined[name], self.weights.read)[name]
 
 
-def open_source(weights: WeightFiles, network: PreTrainedModel, folder: Path) -> Source:
+def open_source(weights: WeightFiles, network: PreTrainedModel, folder: Path) -> JoinedSource:
     """The tensors in files under the names of a network that has shapes only. Raises ModelError."""
     label = f"family.source: {folder}"
     names, joined = _names(weights, network)

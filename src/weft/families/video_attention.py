@@ -1,4 +1,7 @@
-"""Which of diffusers' attention kernels a video network runs on, chosen for one network and not for the process."""
+"""Which of diffusers' attention kernels a video network runs on, chosen for one network and not for the process.
+
+What torch's own attention comes to is chosen for a whole run, by the chip: see math/sdpa_policy.py.
+"""
 
 from importlib.util import find_spec
 from typing import Literal
@@ -8,6 +11,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import nn
 
 from weft.errors import ConfigError
+from weft.math.sdpa_policy import Chip
 
 VideoAttention = Literal["auto", "native", "cudnn", "efficient", "math", "flex", "flash"]
 BACKENDS = {
@@ -25,7 +29,8 @@ def set_video_attention(network: nn.Module, choice: VideoAttention) -> None:
     if choice == "auto":
         return
     place = f"family.attention: '{choice}'"
-    if choice == "flash" and find_spec("flash_attn") is None:
+    later = choice == "flash" and has_better_than_flash_2()  # then torch's own operator runs the third or the fourth
+    if choice == "flash" and not later and find_spec("flash_attn") is None:
         raise ConfigError(
             f"{place} needs the package flash-attn, which is not installed. Install it with pip install 'weft[flash]', "
             "or write family.attention=auto."
@@ -38,4 +43,11 @@ def set_video_attention(network: nn.Module, choice: VideoAttention) -> None:
         raise ConfigError(f"{place} fits no layer of this network. Write family.attention=auto.")
     for processor in chosen:
         # diffusers' own setter would choose for every network of the process too.
-        processor._attention_backend = BACKENDS[choice]
+        processor._attention_backend = BACKENDS["native" if later else choice]
+
+
+def has_better_than_flash_2() -> bool:
+    """Whether the GPU is one of those that flash attention 2 leaves half idle."""
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return False
+    return Chip("cuda", torch.cuda.get_device_capability()).is_datacenter

@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from weft.errors import ConfigError, ModelError
+from weft.families.computing import SAID, Compute, check_precision_goes, check_storage_goes
 from weft.families.files import Files
 from weft.section import Section
 
@@ -39,13 +40,16 @@ class VideoModel(Section):
         description="of the frozen weights in memory; auto: the engine's precision, and fp8 where the files have that; "
         "fp8, int8, nf4: the linear layers of the blocks, decoded for each multiplication",
     )
+    compute: Compute = Field(default="full", description=SAID)
     shift: float | None = Field(
         default=None, gt=0, description="of the sampler's times toward noise; null: as the source says"
     )
     attention: Literal["auto", "native", "cudnn", "efficient", "math", "flex", "flash"] = Field(
         default="auto",
-        description="kernel of the attention, by diffusers' names; auto: torch's own choice; flash needs the extra "
-        "'flash', and all but native and math a GPU",
+        description="kernel of the attention; auto: the fastest one that this kind of chip has (cuDNN's on Hopper and "
+        "Blackwell, flash attention 2 on Ampere and Ada, the memory-efficient one before), and the log says which ran; "
+        "native: torch's own choice; flash needs the extra 'flash', on Hopper flash-attn 3 or 4; all but native and "
+        "math a GPU",
     )
     vae_tiling: bool = Field(
         default=False, description="encode and decode frames tile by tile: less memory, faint differences at the seams"
@@ -53,6 +57,11 @@ class VideoModel(Section):
 
     network_class: ClassVar[str]
     medium: ClassVar[Literal["video"]] = "video"
+
+    @model_validator(mode="after")
+    def _what_is_kept_can_be_multiplied(self) -> "VideoModel":
+        check_storage_goes(self.compute, self.dtype)
+        return self
 
     @cached_property
     def checkpoint(self) -> "Checkpoint":
@@ -124,7 +133,8 @@ class VideoModel(Section):
         from weft.families.weights import Form
 
         self.weight_dtype(precision)
-        return Form(*storage_of(self.dtype, precision, self.checkpoint.stored(part)), self.keeps_fp32)
+        check_precision_goes(self.compute, precision)
+        return Form(*storage_of(self.dtype, precision, self.checkpoint.stored(part)), self.keeps_fp32, self.compute)
 
     def weight_bytes(self, precision: str) -> Mapping[int | None, int]:
         """Of a model with two networks, those of the first that is trained: they have the same shapes."""

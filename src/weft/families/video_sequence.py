@@ -15,6 +15,8 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
 from weft.errors import ConfigError
+from weft.families.lean_hunyuan import part as part_hunyuan
+from weft.families.lean_wan import is_lean, part
 from weft.math.attention import Attention, rows_of, seen_by
 from weft.models import SequenceGroup
 
@@ -24,6 +26,10 @@ DISPATCH = dispatch_attention_fn.__name__
 def divide_wan(network: nn.Module, sequence: SequenceGroup) -> None:
     """Split what block 0 is given and the times of single tokens, gather velocities. Once adapters are attached."""
     assert isinstance(network, WanTransformer3DModel)
+    _split_and_gather(network.blocks[0], 1, network.proj_out, sequence)
+    if is_lean(network):
+        part(network, sequence)
+        return
     for block in network.blocks:
         attention: Any = block.attn1
         attention.set_processor(_taking_over(_WanExchange(sequence), attention.processor))
@@ -38,12 +44,14 @@ def divide_wan(network: nn.Module, sequence: SequenceGroup) -> None:
         return (by_token.flatten(), *args[1:]), {**kwargs, "timestep_seq_len": by_token.shape[1]}
 
     network.condition_embedder.register_forward_pre_hook(own_times, with_kwargs=True)
-    _split_and_gather(network.blocks[0], 1, network.proj_out, sequence)
 
 
 def divide_hunyuan(network: nn.Module, sequence: SequenceGroup) -> None:
     """Split the video and the text that block 0 is given, gather velocities. Once adapters are attached."""
     assert isinstance(network, HunyuanVideoTransformer3DModel)
+    if is_lean(network):
+        part_hunyuan(network, sequence)
+        return
     blocks = [*network.transformer_blocks, *network.single_transformer_blocks]
     for block in blocks:
         attention: Any = block.attn

@@ -4,6 +4,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
+from weft.families.lean_wan import make_lean
 from weft.families.precision import keep_fp32, keep_residual_fp32, widen
 from weft.math.flow import network_timestep
 
@@ -16,12 +17,17 @@ def keeps_fp32(name: str) -> bool:
     return any(part in name for part in FP32_PARTS)
 
 
-def prepared(network: nn.Module) -> nn.Module:
-    """The network, frozen, with its time embedding in fp32, and its residual too where fp16 would overflow."""
+def prepared(network: nn.Module, lean: bool) -> nn.Module:
+    """The network, frozen, with its time embedding in fp32, and its residual too where fp16 would overflow.
+
+    lean: computed by Weft's own forward.
+    """
     assert isinstance(network, WanTransformer3DModel)
     widen(network.requires_grad_(False).eval(), keeps_fp32)
     keep_fp32(network.condition_embedder)
     keep_residual_fp32(network.patch_embedding)
+    if lean:
+        make_lean(network)
     return network
 
 

@@ -10,10 +10,23 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from weft.contracts import Berth, Read
-from weft.errors import ModelError
+from weft.errors import ConfigError, ModelError
 from weft.families.memory import returned_at_once
-from weft.families.storage import FULL, PACKINGS, Float8, Packed, PackedLinear, encoded, packable, scaled
+from weft.families.storage import (
+    COMPUTED,
+    FULL,
+    PACKINGS,
+    Float8,
+    Packed,
+    PackedLinear,
+    computable,
+    encoded,
+    packable,
+    rounding_of,
+    scaled,
+)
 from weft.families.stored import DTYPES, WeightFiles
+from weft.math.float8 import E4M3, Float8Kernel
 from weft.names.rules import Names
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -31,11 +44,13 @@ def _nowhere(name: str) -> bool:
 @dataclass(frozen=True)
 class Form:
     """How frozen weights are kept. dtype: fp32, bf16 or fp16, of what is not packed, and what is packed decodes to.
-    storage: plain, fp8, int8 or nf4, of the linear layers in blocks. keeps_fp32: whether a tensor stays in fp32."""
+    storage: plain, fp8, int8 or nf4, of the linear layers in blocks. keeps_fp32: whether a tensor stays in fp32.
+    compute: full, or fp8 where the linear layers of the inner blocks are multiplied as they are kept then."""
 
     dtype: str
     storage: str = "plain"
     keeps_fp32: Callable[[str], bool] = field(default=_nowhere)
+    compute: str = "full"
 
     def full(self, name: str) -> torch.dtype:
         return torch.float32 if self.keeps_fp32(name) else FULL[self.dtype]
@@ -155,18 +170,50 @@ class Reader:
 # ---- What is kept how ---------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Kept:
+    """How a packed layer is kept. own: as the file's own codes. computed: multiplied in fp8, not decoded."""
+
+    own: bool
+    computed: bool = False
+
+
 def packed_layers(
     network: nn.Module, blocks: Sequence[nn.Module], form: Form, source: Source | None
-) -> dict[str, bool]:
-    """Path of each linear layer that is packed -> whether the file's own codes are kept. An fp8 file stays as it is
-    under fp8: what its maker left wide stays wide."""
-    if form.storage == "plain":
-        return {}
+) -> dict[str, Kept]:
+    """Path of each linear layer that is packed -> how. An fp8 file stays as it is under fp8: what its maker left wide
+    stays wide. Raises ConfigError for files whose codes cannot be multiplied where that was asked for."""
+    found = {} if form.storage == "plain" else _stored_layers(network, blocks, form, source)
+    if form.compute == "fp8":
+        for path in computable(network, blocks):
+            found[path] = Kept(_has_factors(f"{path}.weight", form, source), computed=True)
+    return found
+
+
+def _stored_layers(
+    network: nn.Module, blocks: Sequence[nn.Module], form: Form, source: Source | None
+) -> dict[str, Kept]:
     own = source is not None and form.storage == "fp8" and any(source.in_8_bits(name) for name in source.names)
     paths = list(packable(network, blocks))
     if source is None or not own:
-        return dict.fromkeys(paths, False)
-    return {path: True for path in paths if source.in_8_bits(f"{path}.weight")}
+        return dict.fromkeys(paths, Kept(False))
+    return {path: Kept(True) for path in paths if source.in_8_bits(f"{path}.weight")}
+
+
+def _has_factors(name: str, form: Form, source: Source | None) -> bool:
+    """Whether a file's own codes can be multiplied: e4m3, with one scale for the whole or for each row."""
+    if source is None or not source.in_8_bits(name):
+        return False
+    columns = source.scale_shape(name)[1]
+    if columns == 1 and source.dtype(name) == E4M3:
+        return True
+    if form.storage != "fp8":
+        return False  # decoded and rounded anew, as family.dtype asks for
+    kept = f"in {columns} blocks of each row" if columns > 1 else "as e5m2"
+    raise ConfigError(
+        f"family.compute: {source.label} keeps '{name}' {kept}, which fp8 products cannot take as it is. Write "
+        "family.dtype=bf16, and the weights are rounded a second time, or family.compute=full."
+    )
 
 
 def weight_bytes(
@@ -188,11 +235,12 @@ def weight_bytes(
     return total
 
 
-def _packed_bytes(name: str, shape: tuple[int, ...], own: bool, form: Form, source: Source | None) -> int:
-    if own:
+def _packed_bytes(name: str, shape: tuple[int, ...], kept: Kept, form: Form, source: Source | None) -> int:
+    if kept.own:
         assert source is not None
         return prod(shape) + 4 * prod(source.scale_shape(name))
-    return sum(PACKINGS[form.storage].bytes_of((shape[0], shape[1])))
+    packing = COMPUTED if kept.computed else PACKINGS[form.storage]
+    return sum(packing.bytes_of((shape[0], shape[1])))
 
 
 def block_numbers(network: nn.Module, blocks: Sequence[nn.Module]) -> Callable[[str], int | None]:
@@ -274,21 +322,27 @@ def check_shapes(network: nn.Module, names: Mapping[str, tuple[str, ...]], sourc
 
 
 def _pack(
-    network: nn.Module, path: str, reader: Reader, own: bool, form: Form, put: Callable[[Tensor], Tensor]
+    network: nn.Module, path: str, reader: Reader, kept: Kept, form: Form, put: Callable[[Tensor], Tensor]
 ) -> None:
     """Put a packed layer in the place of a linear one; its bias is kept for when it comes."""
     linear = network.get_submodule(path)
     assert isinstance(linear, nn.Linear)
     name, shape = f"{path}.weight", (linear.out_features, linear.in_features)
-    if own:
+    rounding = 0.0
+    if kept.own:
         codes, scale = reader.stored(name), reader.scale(name)
         packing = Float8(codes.dtype)
         codes = codes.view(torch.uint8)
     else:
-        packing = PACKINGS[form.storage]
+        packing = COMPUTED if kept.computed else PACKINGS[form.storage]
         full = torch.float32 if reader.source.in_8_bits(name) else reader.source.dtype(name)
-        codes, scale = encoded(packing, reader.wide(name, full))
-    layer = PackedLinear(Packed(put(codes), put(scale), shape, packing), linear.bias, FULL[form.dtype])
+        weight = reader.wide(name, full)
+        codes, scale = encoded(packing, weight)
+        if kept.computed:
+            rounding = rounding_of(packing, weight, codes, scale)
+    kernel = Float8Kernel(exact=not kept.own) if kept.computed else None  # a file's scales are any numbers
+    packed = Packed(put(codes), put(scale), shape, packing, kernel, rounding)
+    layer = PackedLinear(packed, linear.bias, FULL[form.dtype])
     parent, _, child = path.rpartition(".")
     setattr(network.get_submodule(parent), child, layer.train(linear.training))
 

@@ -21,8 +21,18 @@ ENDS: Mapping[str, tuple[str, ...]] = {
     "loha": (".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b"),
     "lokr": (".lokr_w1", ".lokr_w1_a", ".lokr_w1_b", ".lokr_w2", ".lokr_w2_a", ".lokr_w2_b"),
     "oft": (".oft_R.weight",),
+    "ia3": (".ia3_l",),
 }
-FIRST = (A, ".hada_w1_a", ".lokr_w1", ".lokr_w1_a", ".oft_R.weight")  # exactly one of these stands on each layer
+EMBEDDING = "prompt_encoder.embedding.weight"  # canonical name of virtual tokens: (tokens, width) of each
+SOFT_PROMPTS = {"prompt": "PROMPT_TUNING", "p-tuning": "P_TUNING", "prefix": "PREFIX_TUNING"}  # in PEFT's words
+FIRST = (
+    A,
+    ".hada_w1_a",
+    ".lokr_w1",
+    ".lokr_w1_a",
+    ".oft_R.weight",
+    ".ia3_l",
+)  # exactly one of these stands on each layer
 
 
 @dataclass(frozen=True)
@@ -37,10 +47,12 @@ class SavedAdapter:
     dora: bool = False
     targets: tuple[str, ...] = ()  # paths of the adapted layers; empty: those that tensors name
     metadata: Mapping[str, str] = field(default_factory=dict)  # provenance, never needed to compute a layer's change
-    kind: str = "lora"  # lora, loha, lokr or oft
+    kind: str = "lora"  # lora, loha, lokr, oft, ia3; prompt, p-tuning, prefix; none: a whole network
     conv_rank: int | None = None  # of convolutions, whose A is (rank, in, *kernel) and B (out, rank, 1, ...)
     conv_alpha: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)  # fields of PEFT's config that only this kind has
+    whole: tuple[str, ...] = ()  # paths of modules that were trained whole beside it: tensors PATH.KEY
+    bias: str = "none"  # all or lora_only: the network's own biases that were trained beside it, tensors PATH.bias
 
     @property
     def scale(self) -> float:
@@ -107,7 +119,10 @@ def kind_in(keys: Iterable[str]) -> str | None:
 
 def peft_fields(adapter: SavedAdapter) -> dict[str, Any]:
     """The facts as fields of PEFT's config, and the paths of the layers. Provenance is none of its fields."""
-    return {"task_type": None, "target_modules": list(adapter.paths), **FIELDS[adapter.kind](adapter)}
+    fields = {"task_type": None, "target_modules": list(adapter.paths), **FIELDS[adapter.kind](adapter)}
+    if adapter.whole:  # of a classifier, whose head PEFT then looks for by this
+        fields |= {"task_type": "SEQ_CLS", "modules_to_save": list(adapter.whole)}
+    return fields | ({"bias": adapter.bias} if adapter.bias != "none" else {})
 
 
 def lora_fields(adapter: SavedAdapter) -> dict[str, Any]:
@@ -142,11 +157,17 @@ def oft_fields(adapter: SavedAdapter) -> dict[str, Any]:
     return {"peft_type": "OFT", "r": 0, "module_dropout": 0.0, "bias": "none", **adapter.options}
 
 
+def ia3_fields(adapter: SavedAdapter) -> dict[str, Any]:
+    """Fields of IA3Config."""
+    return {"peft_type": "IA3", **adapter.options}
+
+
 FIELDS: Mapping[str, Callable[[SavedAdapter], dict[str, Any]]] = {
     "lora": lora_fields,
     "loha": loha_fields,
     "lokr": lokr_fields,
     "oft": oft_fields,
+    "ia3": ia3_fields,
 }
 
 

@@ -11,25 +11,31 @@ from torch.nn import functional
 
 from weft.errors import ModelError
 from weft.formats.adapter_file import ENDS, MAGNITUDE, A, B, SavedAdapter, paths_in, scale_of
+from weft.formats.peft_heads import parted
 from weft.formats.sizes import refuse_misfits
 
 # Fields of LoraConfig under which a file's weights mean something else than scale B A on an untouched base.
 OTHER_MEANINGS = (
-    "alora_invocation_tokens", "arrow_config", "kasa_config", "lora_bias", "modules_to_save", "monteclora_config",
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "lora_bias", "monteclora_config",
     "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
 )  # fmt: skip
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 # Fields of the other configs that Weft's own recipes do not have; rank_pattern gives single layers another rank.
-OTHER_OPTIONS = ("rank_pattern", "alpha_pattern", "modules_to_save", "coft", "use_effective_conv2d")
+OTHER_OPTIONS = ("rank_pattern", "alpha_pattern", "coft", "use_effective_conv2d")
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "loha": {},
     "lokr": {"decompose_factor": -1, "decompose_both": False},
     "oft": {
-        "oft_block_size": 32, "block_share": False, "use_cayley_neumann": True, "num_cayley_neumann_terms": 5,
+        "oft_block_size": 32,
+        "block_share": False,
+        "use_cayley_neumann": True,
+        "num_cayley_neumann_terms": 5,
         "peft_version": "0.0.0",
     },
-}  # fmt: skip
+    "ia3": {"feedforward_modules": []},
+}
+WITHOUT_RANK = ("oft", "ia3")  # fmt: skip
 
 # The tensors that a change is proportional to: the first of these that a layer has.
 STRENGTH = (B, ".hada_w1_b", ".lokr_w1", ".lokr_w1_b")
@@ -47,6 +53,18 @@ def saved_adapter(
     if kind not in ENDS:
         known = ", ".join(name.upper() for name in ENDS)
         raise ModelError(f"{source} holds a {kind.upper()} adapter; Weft reads {known}.")
+    told = parted(tensors, config)
+    if (named := config.get("modules_to_save")) and not told.modules:
+        raise ModelError(f"{source} names modules_to_save ({', '.join(named)}) and holds no tensors of any of them.")
+    made = _of_layers(kind, told.layers, config, metadata, source)
+    bias = str(config.get("bias", "none")) if told.biases else "none"
+    return replace(made, tensors={**made.tensors, **told.whole, **told.biases}, whole=told.modules, bias=bias)
+
+
+def _of_layers(
+    kind: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], metadata: Mapping[str, str], source: Path
+) -> SavedAdapter:
+    """Of the tensors that stand on layers."""
     if kind != "lora":
         return _other_kind(kind, tensors, config, metadata, source)
     _refuse_other_methods(config, source)
@@ -76,8 +94,8 @@ def saved_adapter(
 
 def tensors_at_scale(adapter: SavedAdapter, scale: float, conv_scale: float | None = None) -> dict[str, Tensor]:
     """The adapter's tensors for a run with another alpha, of linear layers and of convolutions: one tensor of each
-    layer is multiplied so that the change stays what it was. A rotation has no alpha."""
-    if adapter.kind == "oft":
+    layer is multiplied so that the change stays what it was. Rotations, scales and virtual tokens have no alpha."""
+    if not adapter.rank:
         return dict(adapter.tensors)
     linear, conv = adapter.scale / scale, (adapter.conv_scale or 1) / (conv_scale or adapter.conv_scale or 1)
     return _multiplied(adapter, linear, conv)
@@ -132,7 +150,7 @@ def _other_kind(
     _refuse_strangers(tensors, kind, source)
     _refuse_sizes(tensors, kind, source)
     options = {name: config.get(name, default) for name, default in OPTIONS[kind].items()}
-    facts = (int(config.get("r", 8)), float(config.get("alpha", 8))) if kind != "oft" else (0, 0.0)
+    facts = (int(config.get("r", 8)), float(config.get("alpha", 8))) if kind not in WITHOUT_RANK else (0, 0.0)
     if kind == "oft" and not options["oft_block_size"]:
         raise ModelError(f"{source} divides each layer into {config.get('r')} blocks; Weft's oft wants oft_block_size.")
     return SavedAdapter(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from weft.errors import ModelError
-from weft.formats.adapter_file import ENDS, MAGNITUDE, A, kind_in, paths_in, scale_of
+from weft.formats.adapter_file import ENDS, MAGNITUDE, SOFT_PROMPTS, A, kind_in, paths_in, scale_of
 from weft.formats.header import Header, read_header, read_numbers
 from weft.formats.keys import ALPHA, Names, names_in
 from weft.formats.sniff import (
@@ -27,6 +27,8 @@ from weft.formats.strangers import stranger
 from weft.names.modules import FAMILIES, family_of, modules
 
 # Of which tensor, and of its which axis, a layer's rank is.
+IN_WEFT = {name: kind for kind, name in SOFT_PROMPTS.items()}  # of PEFT's words
+WITHOUT_RANK = ("oft", "ia3", *SOFT_PROMPTS)
 RANK_AT = ((A, 0), (".hada_w1_b", 0), (".lokr_w2_b", 0), (".lokr_w1_b", 0))
 
 
@@ -36,7 +38,7 @@ class Description:
 
     format: str
     weights: Path
-    kind: str  # lora, loha, lokr or oft
+    kind: str  # lora, loha, lokr, oft, ia3, prompt, p-tuning or prefix
     rank: int  # the largest of all linear layers; 0 in OFT, which has none
     alpha: float  # of a layer of that rank
     rslora: bool
@@ -81,7 +83,7 @@ def _with_config(found: Found, header: Header, path: Path) -> Description:
         if other := stranger(header.tensors, header.metadata):
             raise ModelError(f"{path} is {other}. Weft reads those of Wan and HunyuanVideo.")
         prefix, config = DIFFUSERS_PREFIX, diffusers_config(header.metadata, path)
-    kind = kind_in(header.tensors)
+    kind = kind_in(header.tensors) or IN_WEFT.get(config.get("peft_type", ""))
     if kind is None:
         raise ModelError(f"{path} holds no LoRA weights.")
     rank, alpha = _width(kind, header, config)
@@ -98,7 +100,7 @@ def _with_config(found: Found, header: Header, path: Path) -> Description:
         family=family_of(targets),
         expert=_expert(header),
         tells_alpha=bool(config),
-        ranks=_ranks({p: {e: shapes[p + e] for e in ENDS[kind] if p + e in shapes} for p in paths_in(shapes)}),
+        ranks=_ranks({p: {e: shapes[p + e] for e in ENDS.get(kind, ()) if p + e in shapes} for p in paths_in(shapes)}),
         scales=(scale_of(alpha, rank, rslora),) if rank else (),
         **_of_file(found, header),
     )
@@ -188,7 +190,7 @@ def _distinct(scales: Iterable[float]) -> tuple[float, ...]:
 
 def _width(kind: str, header: Header, config: Mapping[str, Any]) -> tuple[int, float]:
     """Rank and alpha: a LoRA's rank is in the shapes, that of other kinds in the config alone."""
-    if kind == "oft":
+    if kind in WITHOUT_RANK:
         return 0, 0.0
     if kind != "lora":
         return int(config.get("r", 8)), float(config.get("alpha", 8))

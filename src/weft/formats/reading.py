@@ -16,6 +16,7 @@ from weft.formats.keys import are_for_both
 from weft.formats.kohya import MusubiFile, VideoXFunFile
 from weft.formats.original import OriginalFile
 from weft.formats.peft import PeftFolder
+from weft.formats.peft_heads import refuse_heads
 from weft.formats.sniff import Found, is_plain, sniff
 
 FORMATS: dict[str, AdapterFormat] = {
@@ -28,8 +29,9 @@ FORMATS: dict[str, AdapterFormat] = {
 }
 
 
-def read_adapter(path: Path, expert: str | None = None) -> SavedAdapter:
-    """Find the format and read it. expert: of a file that holds both experts' layers (ai-toolkit), high or low.
+def read_adapter(path: Path, expert: str | None = None, heads: bool = False) -> SavedAdapter:
+    """Find the format and read it. expert: of a file that holds both experts' layers (ai-toolkit), high or low. heads:
+    whether modules that were trained whole, biases and virtual tokens may come with it.
 
     Raises ModelError that names what is at the path in place of an adapter.
     """
@@ -39,6 +41,8 @@ def read_adapter(path: Path, expert: str | None = None) -> SavedAdapter:
     else:
         adapter = FORMATS[found.format].read(path)
     _refuse_damaged_facts(adapter, path)
+    if not heads:
+        refuse_heads(adapter, path)
     return adapter
 
 

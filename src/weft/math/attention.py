@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from weft.math.sdpa import kernel_for
+
 TILE = 1 << 22  # scores that are held at a time where no fused kernel does the sum
 
 Seen = Callable[[Tensor, Tensor], Tensor]  # places (M,) and (N,) -> (B or 1, 1, M, N) bool: which key which query sees
@@ -50,8 +52,8 @@ def partial_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scal
 
     mask: (B or 1, 1, M, N) bool. A query that sees none of the keys gets zeros, and a log-sum-exp of -inf.
     """
-    if mask is None and (fused := _fused(q, v)) is not None:
-        out, normalizer = fused.forward(q, *_repeated(q, k, v), scale)
+    if mask is None and (fused := kernel_for(q, *(own := _repeated(q, k, v)))) is not None:
+        out, normalizer, _ = fused.forward(q, *own, scale)
         return out.to(_wide(q)), normalizer.to(_wide(q))
     outs, normalizers = [], []
     for rows in _tiles(q, k):
@@ -79,10 +81,10 @@ def partial_gradients(
     grad, out and normalizer are those of attention over ALL keys: with them each weight of the whole softmax is known,
     and the sum over sets of keys is exact. Dao 2023, arXiv:2307.08691, algorithm 2.
     """
-    if mask is None and (fused := _fused(q, v)) is not None:
+    if mask is None and (fused := kernel_for(q, *(own := _repeated(q, k, v)))) is not None:
         heads = k.shape[1]
-        asked = (q, *_repeated(q, k, v))
-        dq, dk, dv = fused.backward(grad.to(q.dtype), asked, out.to(q.dtype), normalizer.float(), scale)
+        asked = (q, *own)
+        dq, dk, dv = fused.backward(grad.to(q.dtype), asked, out.to(q.dtype), normalizer.to(_wide(q)), scale)
         return dq.to(_wide(q)), _sum_of_groups(dk.to(_wide(q)), heads), _sum_of_groups(dv.to(_wide(q)), heads)
     dq, dk, dv = [], torch.zeros_like(k, dtype=_wide(q)), torch.zeros_like(v, dtype=_wide(q))
     keys, values = _grouped(k, k).to(_wide(q)), _grouped(v, k).to(_wide(q))
@@ -134,48 +136,3 @@ def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 def _sum_of_groups(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(1, (heads, -1)).sum(2)
-
-
-class _OnCpu:
-    """torch's flash attention for the cpu."""
-
-    @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
-
-    @staticmethod
-    def backward(
-        grad: Tensor, asked: tuple[Tensor, ...], out: Tensor, normalizer: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return backward(grad, *asked, out, normalizer, 0.0, False, scale=scale)
-
-
-class _OnCuda:
-    """torch's own FlashAttention 2, of half-precision tensors."""
-
-    @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        out, normalizer, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
-        return out, normalizer
-
-    @staticmethod
-    def backward(
-        grad: Tensor, asked: tuple[Tensor, ...], out: Tensor, normalizer: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, _ = asked
-        # Only dropout would read the state of chance; the lengths of ragged batches are empty for dense ones.
-        empty = torch.empty(0, dtype=torch.uint64, device=q.device)
-        ragged = (None, None, q.shape[2], k.shape[2])
-        backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
-        return backward(grad, *asked, out, normalizer, *ragged, 0.0, False, empty, empty, scale=scale)
-
-
-def _fused(q: Tensor, v: Tensor) -> type[_OnCpu] | type[_OnCuda] | None:
-    """A kernel that gives the log-sum-exp too, where there is one for such tensors."""
-    if q.shape[-1] != v.shape[-1]:
-        return None
-    if q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16, torch.float16):
-        return _OnCpu
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    return _OnCuda if q.device.type == "cuda" and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 else None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from weft.math.chance import generator
 from weft.math.flow import shifted, unshifted
+from weft.math.sending import sent
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Density:
 
 def draw_times(density: Density, u: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
     """Times (B,) fp32 of the density cut to [low, high], from uniform u (B,)."""
-    bounds = density.cumulative(torch.tensor([low, high], dtype=torch.float64, device=u.device))
+    # On the host: a () tensor of it is a number to the device, and nothing waits for a copy.
+    bounds = density.cumulative(torch.tensor([low, high], dtype=torch.float64))
     t = density.quantile(bounds[0] + u.double() * (bounds[1] - bounds[0]))
     return t.clamp(low, high)  # fp32 rounding must not leave the range
 
@@ -49,10 +51,11 @@ def stratified(uniform: Tensor, first: int, strata: int, seed: int) -> Tensor:
     `strata` equal parts of [0, 1] once, in an order shuffled anew for each round. One draw alone is still uniform,
     whatever the numbers; evenness needs numbers without gaps or repeats, as batches of one size give.
     """
-    numbers = torch.arange(first, first + len(uniform))
-    cells = torch.empty(len(uniform), dtype=torch.float64)
-    for cycle in torch.unique(numbers // strata).tolist():
-        order = torch.randperm(strata, generator=generator("cpu", seed, "strata", int(cycle)))
-        inside = numbers // strata == cycle
-        cells[inside] = order[numbers[inside] % strata].double()
-    return (cells.to(uniform.device) + uniform.double()) / strata
+    orders: dict[int, list[int]] = {}
+    cells: list[float] = []
+    for number in range(first, first + len(uniform)):
+        cycle, place = divmod(number, strata)
+        if cycle not in orders:
+            orders[cycle] = torch.randperm(strata, generator=generator("cpu", seed, "strata", cycle)).tolist()
+        cells.append(orders[cycle][place])
+    return (sent(torch.tensor(cells, dtype=torch.float64), uniform.device) + uniform.double()) / strata

@@ -172,14 +172,17 @@ class FlowMatching(Section):
         return len(batch.keys)
 
     def loss(self, phase: str, model: "Model", batch: "Batch", state: "State", rng: "Rng") -> "Loss":
+        return self.loss_of(phase, model, batch, self.draws(phase, model, batch, rng))
+
+    def draws(self, phase: str, model: "Model", batch: "Batch", rng: "Rng") -> "dict[str, Tensor]":
+        """Noise, times, and which clips have a given first frame; the last only where there is one."""
         import torch
 
-        from weft.contracts import Loss
         from weft.math.chance import generator
-        from weft.math.flow import loss_weight
+        from weft.math.sending import sent
         from weft.math.timesteps import draw_times, stratified
 
-        expert = next(e for e in model.family.experts if phase in (e.name, "train"))
+        expert = self.expert_of(phase, model)
         latents = batch["latents"]  # (B, C, F, H, W)
         uniform = torch.rand(len(latents), generator=rng.own, device=latents.device)
         if self.strata > 1:
@@ -190,9 +193,22 @@ class FlowMatching(Section):
         # On the host, for a question without a given frame is another, cheaper call: one time for all tokens.
         dice = generator("cpu", rng.seed, "first frame", phase, rng.draw)
         chosen = torch.rand(len(latents), generator=dice) < share if share else None
-        given = chosen.to(latents.device) if chosen is not None and bool(chosen.any()) else None
-        error = self.errors(model, batch, Question(noise, t, expert.name, given))  # (B,)
-        return Loss((loss_weight(t, self.weighting) * error).sum(), {"unweighted_loss": error.detach().sum()})
+        if chosen is None or not bool(chosen.any()):
+            return {"noise": noise, "t": t}
+        return {"noise": noise, "t": t, "chosen": sent(chosen, latents.device)}
+
+    def loss_of(self, phase: str, model: "Model", batch: "Batch", drawn: "Mapping[str, Tensor]") -> "Loss":
+        from weft.contracts import Loss
+        from weft.math.flow import loss_weight
+
+        question = Question(drawn["noise"], drawn["t"], self.expert_of(phase, model).name, drawn.get("chosen"))
+        error = self.errors(model, batch, question)  # (B,)
+        weighted = loss_weight(question.t, self.weighting) * error
+        return Loss(weighted.sum(), {"unweighted_loss": error.detach().sum()})
+
+    def expert_of(self, phase: str, model: "Model") -> "Expert":
+        """The network that a phase trains."""
+        return next(expert for expert in model.family.experts if phase in (expert.name, "train"))
 
     def share(self, family: "ModelFamily", frames: int) -> float:
         """Share of clips of so many latent frames whose first one stays clean. A picture has nothing to go on to."""

@@ -64,6 +64,13 @@ class NextToken(Section):
         return int(learned(batch).sum())
 
     def loss(self, phase: str, model: "Model", batch: "Batch", state: "State", rng: "Rng") -> "Loss":
+        return self.loss_of(phase, model, batch, {})
+
+    def draws(self, phase: str, model: "Model", batch: "Batch", rng: "Rng") -> "dict[str, Tensor]":
+        """Nothing is left to chance."""
+        return {}
+
+    def loss_of(self, phase: str, model: "Model", batch: "Batch", drawn: "Mapping[str, Tensor]") -> "Loss":
         """Its metric `probability` is the mean chance that the model gave the right token."""
         from weft.contracts import Loss
 
@@ -89,7 +96,7 @@ class NextToken(Section):
 def tokens_of(batch: "Batch") -> "Tokens":
     from weft.contracts import Tokens
 
-    return Tokens(batch["ids"], batch["positions"], batch["labels"])
+    return Tokens(batch["ids"], batch["positions"], batch["labels"], batch.tensors.get("learned"), batch.texts)
 
 
 def learned(batch: "Batch") -> "Tensor":

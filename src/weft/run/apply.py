@@ -21,8 +21,10 @@ from weft.formats.adapter_file import STEP_LIST, SavedAdapter
 from weft.formats.canonical import at_strength
 from weft.formats.reading import experts_in, read_adapter
 from weft.run.assemble import adapter_folder, joined
+from weft.run.attention import attending
 from weft.run.summed import Part, common_step_list, refuse_without_sum, summed
 
+OF_MACHINE = ("kernels", "attention", "compute")  # that trained: another may lack them, and does as well without
 OF_RUN = ("weft.config", "weft.data")  # what the headers of all states of one run say alike
 
 
@@ -45,8 +47,9 @@ class Applied:
 
     @contextmanager
     def use(self, adapter: bool = True) -> Iterator[None]:
-        """Answer under all adapters, or as the base alone."""
+        """Answer under all adapters, or as the base alone, with the attention kernels of this chip."""
         with ExitStack() as stack:
+            stack.enter_context(attending(self.model.family, self.engine.device))
             for role in self.model.adapters.names if adapter else (None,):
                 stack.enter_context(self.model.adapters.use(role))
             yield
@@ -159,7 +162,8 @@ def trained_family(config: Mapping[str, Any], source: str | None) -> Any:
     Raises ConfigError for a header by another version of Weft, whose words for a base this one does not know.
     """
     facts = {**config["family"], **({"source": source} if source else {})}
-    facts.pop("kernels", None)  # of the machine that trained; those of another compute the same
+    for choice in OF_MACHINE:
+        facts.pop(choice, None)
     section = plugins.section_types("family").get(facts.get("kind", ""))
     try:
         if section is not None:

@@ -10,23 +10,32 @@ from torch import nn
 from torch.optim import Optimizer
 
 from weft.adapters.attach import Standing, attach
+from weft.adapters.biases import places_of
 from weft.adapters.several import SeveralAdapters
 from weft.adapters.targets import TargetReport
-from weft.contracts import DEFAULT, Adapters, Engine, Model, ModelFamily
+from weft.contracts import DEFAULT, Adapters, Engine, Model, ModelFamily, as_encoder
 from weft.errors import ConfigError
 from weft.formats.adapter_file import SavedAdapter
 from weft.formats.canonical import tensors_at_scale
 from weft.formats.reading import experts_in, read_adapter
+from weft.run.computing import check_compute
 from weft.run.config import RunConfig
-from weft.run.learner import Learner, MovingAverage
+from weft.run.learner import Learner
+from weft.run.moving_average import MovingAverage
 from weft.run.pace import Pace
 
 
 def target_report(config: RunConfig, network: nn.Module, role: str | None = None) -> TargetReport:
     """Which modules the adapter stands on, or that of a role. Raises ConfigError for a pattern that matches nothing."""
     adapter, family = config.adapter if role is None else config.adapter_of(role), config.family
+    layers, heads = adapter.layers(network), heads_of(config, network, role)
+    free = {path: shape for path, shape in layers.items() if not _is_within(path, heads)}
     try:
-        return adapter.match(adapter.layers(network), family.targets, family.aliases)
+        report = adapter.match(layers, family.targets, family.aliases)
+        if any(_is_within(path, heads) for path in report.paths):
+            _refuse_heads_alone(report, heads)
+            report = adapter.match(free, family.targets, family.aliases)
+        return report
     except ConfigError as error:
         if role is None or adapter is config.adapter:
             raise
@@ -34,9 +43,51 @@ def target_report(config: RunConfig, network: nn.Module, role: str | None = None
         raise ConfigError(*(f"roles.{key}.{problem}" for problem in error.problems)) from None
 
 
+def heads_of(config: RunConfig, network: nn.Module, role: str | None = None) -> tuple[str, ...]:
+    """Paths of the modules that are trained whole beside the adapter of a role: of encoders their heads."""
+    adapter = config.adapter if role is None else config.adapter_of(role)
+    if config.family.medium != "documents" or not adapter.has_base:
+        return ()
+    return as_encoder(config.family).heads(network)
+
+
+def trained_numbers(config: RunConfig, network: nn.Module, role: str) -> int:
+    """Parameters that a role trains: its adapter's, those of modules that are trained whole, and biases."""
+    adapter, report = config.adapter_of(role), target_report(config, network, role)
+    heads = heads_of(config, network, role)
+    whole = sum(p.numel() for path in heads for p in network.get_submodule(path).parameters())
+    return adapter.trainable(report) + whole + bias_numbers(config, network, role)
+
+
+def bias_numbers(config: RunConfig, network: nn.Module, role: str) -> int:
+    """How many of them are the network's own."""
+    adapter = config.adapter_of(role)
+    if adapter.biases == "none":
+        return 0
+    standing = standings(config, network, (role,))[role]
+    return sum(
+        module.get_parameter(key).numel() for module, key in places_of(network, standing, adapter.biases).values()
+    )
+
+
+def _is_within(path: str, modules: Sequence[str]) -> bool:
+    return any(path == module or path.startswith(f"{module}.") for module in modules)
+
+
+def _refuse_heads_alone(report: TargetReport, heads: Sequence[str]) -> None:
+    """Raises ConfigError for a target that names modules that are trained whole, and nothing else."""
+    for match in report.matched:
+        if all(_is_within(path, heads) for path in match.paths):
+            raise ConfigError(
+                f"adapter.targets: '{match.pattern}' names {match.paths[0]}, which is trained whole beside every "
+                "adapter. Leave it out."
+            )
+
+
 def check_engine(config: RunConfig, engine: Engine) -> None:
     """Refuse what the engine cannot do for this objective, by name."""
     check_needs(config, engine.can)
+    check_compute(config.family, config.objective.needs, engine.device)
 
 
 def check_needs(config: RunConfig, can: frozenset[str]) -> None:
@@ -85,7 +136,12 @@ def built(config: RunConfig, engine: Engine, roles: Mapping[str, Sequence[str]])
 
 def standings(config: RunConfig, network: nn.Module, names: Sequence[str]) -> dict[str, Standing]:
     """The recipe of each role, and the layers of a network that it stands on."""
-    return {name: Standing(config.adapter_of(name), target_report(config, network, name).paths) for name in names}
+    return {
+        name: Standing(
+            config.adapter_of(name), target_report(config, network, name).paths, heads_of(config, network, name)
+        )
+        for name in names
+    }
 
 
 def joined(
@@ -116,7 +172,7 @@ def start_from(config: RunConfig, learner: Learner) -> None:
 def earlier_adapter(path: Path, expert: str) -> SavedAdapter:
     """What an expert begins with: its own adapter in a run's folder or a file for both, else the one that is there."""
     found = find_adapter(path, expert)
-    return read_adapter(found, expert if expert in experts_in(found) else None)
+    return read_adapter(found, expert if expert in experts_in(found) else None, heads=True)
 
 
 def find_adapter(path: Path, role: str = DEFAULT.name) -> Path:

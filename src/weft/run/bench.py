@@ -1,38 +1,40 @@
-"""How fast a training step is, where its time goes, and how near to the device's measured limit: the same loop as
-`weft train`, on random latents or tokens of a real shape."""
+"""How fast a training step is, where its time goes, and how near to the device's limits: the same loop as `weft train`,
+on random latents or tokens of a real shape."""
 
-import platform
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from itertools import count
 from pathlib import Path
-from statistics import mean, median, quantiles
-from time import perf_counter
+from statistics import mean
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from weft.contracts import Batch, Distilled, Engine, Phase, as_text
+from weft.contracts import UNLEARNED, Batch, Engine, Phase
 from weft.errors import ConfigError
 from weft.events import Event, StepEnded
+from weft.families.causal_lm import CausalLM
 from weft.math.chance import generator
 from weft.run.assemble import assemble
+from weft.run.attention import attending
+from weft.run.bench_figures import Measured, case_of, compared_memory, figures
+from weft.run.bench_machine import Ceilings, ceilings, clock_of, hardware, software, waiter
+from weft.run.bench_watch import Compiled, Seen, compiled_so_far, watched
+from weft.run.bench_work import blocks_of, closed_work
+from weft.run.blocks import compile_as_chosen
 from weft.run.checks import settled
 from weft.run.config import RunConfig
-from weft.run.estimate import estimate
 from weft.run.learner import Learner
 from weft.run.listeners import EventLog
-from weft.run.parts import trained_of
 from weft.run.questions import Row, Shape, latents_of, told
-from weft.run.rehearsal import Rehearsal, Stage, rehearsed
-from weft.run.shortage import peak_of
+from weft.run.recording import check_graphs, graphs_at
 from weft.run.train import Course, Outcome, train
 
 WARM_UP = 3
-SCHEMA = 1
 
 
 @dataclass
@@ -61,22 +63,32 @@ class RandomItems:
         """Its draws follow from their numbers."""
 
 
-def random_items(config: RunConfig, shape: Shape) -> Callable[[int], Batch]:
-    """What makes the n-th batch: latents of clips, or rows that are each one conversation, every token learned."""
+def random_items(config: RunConfig, shape: Shape, document: int = 0) -> Callable[[int], Batch]:
+    """What makes the n-th batch: latents of clips, or rows of conversations of `document` tokens (0: one a row), every
+    token but the last of each learned where there are several."""
     items = config.data.batch_size
 
     def rows(number: int) -> Batch:
         chance = generator("cpu", "bench", number)
-        ids = torch.randint(len(tokenizer), (items, shape.tokens + 1), generator=chance)
-        positions = torch.arange(shape.tokens).repeat(items, 1)
-        tensors = {"ids": ids[:, :-1].contiguous(), "positions": positions, "labels": ids[:, 1:].contiguous()}
-        return Batch(tensors, tuple(f"{number}.{k}" for k in range(items)))
+        ids = torch.randint(words, (items, shape.tokens + 1), generator=chance)
+        positions = (torch.arange(shape.tokens) % (document or shape.tokens)).repeat(items, 1)
+        labels = ids[:, 1:].clone()
+        if document:
+            labels[:, document - 1 :: document] = UNLEARNED
+        learned = (labels.flatten() != UNLEARNED).nonzero().flatten()
+        tensors = {"ids": ids[:, :-1].contiguous(), "positions": positions, "labels": labels, "learned": learned}
+        of_row = tuple(map(len, torch.arange(shape.tokens).split(document or shape.tokens)))
+        return Batch(tensors, tuple(f"{number}.{k}" for k in range(items)), (of_row,) * items)
 
     def clips(number: int) -> Batch:
-        return told(config, torch.randn((items, *latents), generator=generator("cpu", "bench", number)), str(number))
+        drawn = torch.randn((items, *latents), generator=generator("cpu", "bench", number))
+        with torch.random.fork_rng(devices=[]):  # a family draws texts and first frames from torch's own generator
+            torch.manual_seed(number)
+            return told(config, drawn, str(number))
 
     if isinstance(shape, Row):
-        tokenizer = as_text(config.family).tokenizer()
+        assert isinstance(config.family, CausalLM), "rows of text are for language models"
+        words = config.family.config.vocab_size
         return rows
     latents = latents_of(config, shape)
     return clips
@@ -84,6 +96,9 @@ def random_items(config: RunConfig, shape: Shape) -> Callable[[int], Batch]:
 
 class Nothing:
     """Between the steps of a bench nothing happens, and a step that is skipped is an error."""
+
+    def is_due(self, learner: Learner) -> bool:
+        return False
 
     def after_step(self, learner: Learner) -> None: ...
     def after_experience(self, learner: Learner) -> None: ...
@@ -107,46 +122,168 @@ class Ear:
             self.steps.append(replace(event, seconds={**event.seconds, "logging": logging, "total": total}))
 
 
-def bench(config: RunConfig, shape: Shape, steps: int) -> dict[str, Any]:
+# ---- A learner that is timed --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Running:
+    """A learner, the loop that it is trained by, and what it said of its steps."""
+
+    config: RunConfig
+    shape: Shape
+    document: int
+    engine: Engine
+    learner: Learner
+    stream: RandomItems
+    heard: Ear
+    course: Course
+    warm_up: int
+
+    def go(self, steps: int) -> float:
+        """Train so many steps. Returns the seconds until the device was done with them."""
+        self.stream.last_step = self.learner.step + steps
+        wait = waiter(self.engine.device) or (lambda: None)
+        wait()
+        began = perf_counter()
+        with attending(self.config.family, self.engine.device):
+            train(self.learner, [self.stream], self.course)
+            wait()
+        return perf_counter() - began
+
+    def clocked(self) -> float:
+        """Seconds of one step, by the clock that sides are compared by."""
+        clock = clock_of(self.engine.device)
+        began = clock()
+        self.go(1)
+        return clock() - began
+
+    @property
+    def replays(self) -> int | None:
+        """Steps, or phases of them, that were replayed; None where none is recorded."""
+        return None if self.course.graphs is None else self.course.graphs.replays
+
+    def unrecorded(self) -> "Running":
+        """The same learner, whose operators are launched one by one, where they can be looked at."""
+        return replace(self, course=replace(self.course, graphs=None))
+
+    @property
+    def losses(self) -> list[float]:
+        return [next(v for name, v in event.metrics.items() if name.endswith("/loss")) for event in self.heard.steps]
+
+
+def opened(config: RunConfig, shape: Shape, steps: int, folder: Path, document: int = 0) -> Running:
+    """Weights in their places, adapters whose B is not zero, batches drawn. folder: for the log."""
+    asked, (config, warm_up) = config, benchable(config, steps)
+    engine = config.engine.open()
+    check_graphs(config, engine.device, engine.world, engine.precision)
+    folder.mkdir(parents=True, exist_ok=True)
+    heard = Ear(EventLog(folder / "events.rank0.jsonl"))
+    compile_as_chosen(asked, {shape: 1}, engine, heard)  # as the run would, which is longer
+    learner = assemble(config, engine)
+    stir(learner)
+    stream = RandomItems(random_items(config, shape, document), 0)
+    rates = {role: config.rate_of(role) for role in learner.optimizers}
+    # A GPU's own clock is in the events of its laps; other devices that work ahead are waited for.
+    wait = waiter(engine.device) if engine.device.type == "mps" else None
+    graphs = graphs_at(config, shape, engine, heard)
+    course = Course(config.schedule, Nothing(), heard, wait=wait, rates=rates, graphs=graphs)
+    return Running(config, shape, document, engine, learner, stream, heard, course, warm_up)
+
+
+def stir(learner: Learner) -> None:
+    """Give what begins at zero small random values: with B = 0 the gradient of A is zero too, and products of zeros
+    take less power and run faster."""
+    adapters = learner.model.adapters
+    for role in adapters.names:
+        tensors = adapters.state_dict(role)
+        chance = generator("cpu", "adapter", role)
+        drawn = {
+            name: tensor if tensor.any() else 0.02 * torch.randn(tensor.shape, generator=chance).to(tensor)
+            for name, tensor in tensors.items()
+        }
+        adapters.load_state_dict(role, drawn)
+
+
+def bench(config: RunConfig, shape: Shape, steps: int, document: int = 0) -> dict[str, Any]:
     """Time steps of one shape after a warm-up. Returns the figures of docs/benchmarks.md, as plain data.
 
     Raises ConfigError for two experts under an objective of several parts, whose steps are of four kinds.
     """
-    config, warm_up = benchable(config, steps)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        limits = limits_of(config, shape, document)
+        before = compiled_so_far()
+        running = opened(config, shape, steps, folder, document)
+        running.go(running.warm_up)
+        warm = compiled_so_far()
+        seconds = running.go(steps)
+        later = compiled_so_far().since(warm)
+        return reported(running, limits, Timed([seconds / steps], steps, warm.since(before), later))
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Steps that were timed. seconds: of each by the clock of turns, or, of a side that went through without a stop,
+    their mean. warming and later: what was compiled before, and meanwhile. alone: nothing else lay on the device."""
+
+    seconds: Sequence[float]
+    steps: int
+    warming: Compiled
+    later: Compiled
+    alone: bool = True
+    turns: bool = False
+
+
+def limits_of(config: RunConfig, shape: Shape, document: int = 0) -> Ceilings:
+    """What the device reaches at best at a shape, measured before anything else lies on it."""
     engine = config.engine.open()
-    ceiling = matmul_peak(engine)
-    reset_peak(engine)
-    learner = assemble(config, engine)
-    stream = RandomItems(random_items(config, shape), warm_up + steps)
-    rates = {role: config.rate_of(role) for role in learner.optimizers}
-    with tempfile.TemporaryDirectory() as folder:
-        heard = Ear(EventLog(Path(folder) / "events.rank0.jsonl"))
-        train(learner, [stream], Course(config.schedule, Nothing(), heard, wait=waiter(engine), rates=rates))
-    timed = heard.steps[warm_up:]
-    flops = flops_of(config, shape, timed)
-    kinds = kinds_of(config, timed, flops)
-    seconds = [event.seconds["total"] for event in timed]
-    typical = mean if kinds else median  # of steps that differ, the rate over all of them
-    predicted = estimate(config, [shape], trained_of(config))[shape]
-    losses = [next(value for name, value in e.metrics.items() if name.endswith("/loss")) for e in heard.steps]
-    draws = mean(len(config.objective.phases(event.step - 1, config.family.experts)) for event in timed)
-    tokens = shape.tokens * config.data.batch_size * config.schedule.accumulate * draws
-    library = "transformers" if isinstance(shape, Row) else "diffusers"
+    made = blocks_of(config, shape, document or shape.tokens)
+    stages = [stage.attention for stage in made[0][0].stages if stage.attention] if made else []
+    largest = max(stages, key=lambda each: each.forward, default=None)
+    with attending(config.family, engine.device):  # the best that a run's own kernels reach
+        if largest is None:
+            return ceilings(engine, shape.tokens, 1024)
+        return ceilings(engine, largest.keys, largest.width, largest.share < 1)
+
+
+def reported(running: Running, limits: Ceilings, timed: Timed) -> dict[str, Any]:
+    """The figures of a learner that was timed last."""
+    events = running.heard.steps[-timed.steps :]
+    compiled = bool(timed.warming.graphs)
+    replays = running.replays  # of all steps so far: those that follow are looked at
+    seen: Seen = watched(running.learner, running.unrecorded().go, compiled, timed.alone)
+    measured = Measured(
+        events=events,
+        losses=running.losses,
+        seconds=timed.seconds if timed.turns else [event.seconds["total"] for event in events],
+        mean=mean(timed.seconds),
+        ceilings=limits,
+        work=closed_work(running.config, running.shape, running.document),
+        memory=compared_memory(running.config, running.shape, running.engine.device, seen),
+    )
+    text = isinstance(running.shape, Row)
     return {
-        "schema": SCHEMA,
-        "hardware": hardware(engine),
-        "software": {name: version(name) for name in ("weft", "torch", library, "peft")},
-        "case": {**case(config, shape), "precision": engine.precision},
-        "ceiling_matmul_flops": ceiling,
-        "model_flops": round(mean(flops)),
-        "step_seconds": {"median": median(seconds), **spread(seconds), "steps": len(seconds)},
-        **({"kinds": kinds} if kinds else {}),
-        "share": shares(timed),
-        "tokens_per_second": tokens / typical(seconds),
-        "mfu": mean(flops) / typical(seconds) / ceiling,
-        "memory_bytes": {"peak": peak_of(engine.device), "planned": predicted.total},
-        "loss": {"first": losses[0], "last": losses[-1]},
+        **figures(running.config, running.shape, measured),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "hardware": hardware(running.engine),
+        "software": software("transformers" if text else "diffusers"),
+        "case": {**case_of(running.config, running.shape, running.document), "precision": running.engine.precision},
+        "clock": clock_named(running.engine, timed.turns),
+        "compile": {**timed.warming.plain(), "recompiles": timed.later.graphs},
+        "graph_replays": replays,
+        "attention": seen.attention,
+        "reads_per_step": seen.reads,
+        "syncs_per_step": seen.syncs,
+        "operations_per_step": seen.operations,
+        "saved_bytes": None if seen.saved is None else seen.saved.plain(),
     }
+
+
+def clock_named(engine: Engine, turns: bool) -> str:
+    """By which clock steps were timed: a GPU's own, the host's, or the processor's time."""
+    if not turns:
+        return "device" if engine.device.type == "cuda" else "host"
+    return "processor" if clock_of(engine.device) is process_time else "host"
 
 
 def benchable(config: RunConfig, steps: int) -> tuple[RunConfig, int]:
@@ -174,169 +311,3 @@ def warm_up_of(config: RunConfig) -> int:
         if not missing:
             return max(WARM_UP, step + 1)
     raise AssertionError("unreachable")
-
-
-def kinds_of(config: RunConfig, events: Sequence[StepEnded], flops: Sequence[int]) -> dict[str, dict[str, float]]:
-    """Steps by the parts that they move: how many, how long, with how many FLOP. Nothing where all steps are alike."""
-    if not config.objective.parts:
-        return {}
-    found: dict[str, list[tuple[float, int]]] = {}
-    for event, numbers in zip(events, flops, strict=True):
-        names = [phase.name for phase in config.objective.phases(event.step - 1, config.family.experts)]
-        found.setdefault(" + ".join(names), []).append((event.seconds["total"], numbers))
-    return {
-        name: {
-            "steps": len(both),
-            "median": median(seconds for seconds, _ in both),
-            **spread([seconds for seconds, _ in both]),
-            "model_flops": round(mean(numbers for _, numbers in both)),
-        }
-        for name, both in found.items()
-    }
-
-
-def waiter(engine: Engine) -> Callable[[], None] | None:
-    """On a GPU the host must wait before it reads the clock; a cpu never runs ahead."""
-    waits = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}
-    return waits.get(engine.device.type)
-
-
-def spread(seconds: Sequence[float]) -> dict[str, float]:
-    """The 10th and 90th percentile."""
-    if len(seconds) < 2:
-        return {"p10": seconds[0], "p90": seconds[0]}
-    tenths = quantiles(seconds, n=10, method="inclusive")
-    return {"p10": tenths[0], "p90": tenths[-1]}
-
-
-def shares(events: Sequence[StepEnded]) -> dict[str, float]:
-    """Share of the steps' time in data, forward, backward, optimizer, logging, and the rest, the loop's own."""
-    total = sum(event.seconds["total"] for event in events)
-    parts = {
-        part: sum(event.seconds.get(part, 0.0) for event in events) / total
-        for part in ("data", "forward", "backward", "optimizer", "logging")
-    }
-    return {**parts, "loop": 1 - sum(parts.values())}
-
-
-def case(config: RunConfig, shape: Shape) -> dict[str, Any]:
-    """What was measured."""
-    clip = {} if isinstance(shape, Row) else {"frames": shape.frames, "height": shape.height, "width": shape.width}
-    return {
-        "family": config.family.kind,
-        "source": config.family.source,
-        **clip,
-        "tokens": shape.tokens,
-        "batch": config.data.batch_size,
-        "accumulate": config.schedule.accumulate,
-        "adapter": config.adapter.summary(),
-        "targets": config.adapter.targets,
-        "recompute": config.engine.recompute,
-    }
-
-
-def matmul_peak(engine: Engine) -> float:
-    """FLOP/s of the best of several large matrix products on random data, in the engine's precision."""
-    on_cpu = engine.device.type == "cpu"
-    side, rounds = (1024, 8) if on_cpu else (8192, 20)
-    with engine.computing():
-        dtype = torch.get_autocast_dtype(engine.device.type) if torch.is_autocast_enabled(engine.device.type) else None
-    a, b = (
-        torch.randn(side, side, device=engine.device, dtype=dtype, generator=generator(engine.device, "peak", i))
-        for i in (0, 1)
-    )
-    best = float("inf")
-    for _ in range(rounds):
-        wait = waiter(engine)
-        if wait:
-            wait()
-        began = perf_counter()
-        torch.matmul(a, b)
-        if wait:
-            wait()
-        best = min(best, perf_counter() - began)
-    return 2 * side**3 / best
-
-
-def model_flops(config: RunConfig, shape: Shape) -> int:
-    """FLOP of one micro-batch of an objective of one part, see `flops_by_phase`. Experts are networks of one size."""
-    return next(iter(flops_by_phase(config, shape).values()))
-
-
-def flops_by_phase(config: RunConfig, shape: Shape) -> dict[str, int]:
-    """FLOP of one micro-batch of each phase, forward and backward without recomputation, counted on fake tensors. A
-    student that is left after another number of steps each time is counted for each number, and the mean is taken.
-
-    Matrix products and convolutions as torch counts them; attention 4 Nq Nk d forward and 8 Nq Nk d backward, of a row
-    of text as if each token saw all others. A head of words counts for every token.
-    """
-    objective = config.objective
-    times = len(objective.step_list(config.family).times) if isinstance(objective, Distilled) else 1
-    with rehearsed(config, shape, Stage(torch.float32)) as rehearsal:
-        return {
-            phase.name: round(mean(counted(rehearsal, phase, done) for done in range(times)))
-            for phase in rehearsal.phases
-        }
-
-
-def flops_of(config: RunConfig, shape: Shape, events: Sequence[StepEnded]) -> list[int]:
-    """FLOP of each step."""
-    schedule, experts = config.schedule, config.family.experts
-    if not config.objective.parts:
-        return [model_flops(config, shape) * schedule.accumulate] * len(events)
-    of = flops_by_phase(config, shape)
-    return [
-        schedule.accumulate * sum(of[phase.name] for phase in config.objective.phases(event.step - 1, experts))
-        for event in events
-    ]
-
-
-def counted(rehearsal: Rehearsal, phase: Phase, done: int) -> int:
-    """FLOP of one micro-batch of a phase that has had so many steps."""
-    counter = FlopCounterMode(display=False, custom_mapping=attention_flops())
-    with rehearsal.adapters.use(phase.role), counter:
-        rehearsal.loss(phase, done).backward()
-    return counter.get_total_flops()
-
-
-def attention_flops() -> dict[Any, Any]:
-    """Formulas of the cpu's attention kernel, which torch's table lacks."""
-
-    def forward(query: tuple[int, ...], key: tuple[int, ...], *_: Any, **__: Any) -> int:
-        batch, heads, queries, width = query
-        return 4 * batch * heads * queries * key[2] * width
-
-    def backward(_: Any, query: tuple[int, ...], key: tuple[int, ...], *__: Any, **___: Any) -> int:
-        return 2 * forward(query, key)
-
-    ops = torch.ops.aten
-    return {
-        ops._scaled_dot_product_flash_attention_for_cpu: forward,
-        ops._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
-
-
-def hardware(engine: Engine) -> dict[str, Any]:
-    facts: dict[str, Any] = {
-        "device": str(engine.device),
-        "processor": processor(),
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-    }
-    if engine.device.type == "cuda":
-        facts |= {"gpu": torch.cuda.get_device_name(engine.device), "cuda": torch.version.cuda}
-    return facts
-
-
-def processor() -> str:
-    """The cpu's own name, where the system tells it."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
-
-
-def reset_peak(engine: Engine) -> None:
-    if engine.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(engine.device)

@@ -8,7 +8,8 @@ is small or alike on all ranks, and the slices of each rank), `config.json` (the
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -19,39 +20,69 @@ from torch import Tensor
 
 from weft import __version__
 from weft.durable import draft_of, force_to_disk, take_place
-from weft.engines.shards import Part, Shards, is_sharded, part_of
+from weft.engines.shards import Copies, Part, Shards, is_sharded, part_of
 from weft.errors import RunError
 from weft.run.checkpoint_folders import FORMAT, PREFIX, facts_of, prune, sealed
-from weft.run.checkpoint_tree import adopt, learner_state, pack, room_for, shapes_in, unpack
+from weft.run.checkpoint_tree import adopt, apart, learner_state, pack, room_for, shapes_in, unpack
 from weft.run.learner import Learner
 from weft.run.retention import Retention
 
 LAST_WORD = 60.0  # seconds that a save under way has to end in, when the run has failed
 
 
+COPIED_BEHIND = ("cpu", "cuda")  # devices that another thread copies from while this one computes
+
+
 @dataclass(frozen=True)
 class Snapshot:
-    """A learner's state at one step, apart from the learner. parts: this rank's of what all ranks write. small: what
-    rank 0 writes."""
+    """A learner's state at one step, whose tensors may be the learner's own. beside: tensors that a file beside the
+    checkpoint is made of."""
 
     step: int
-    tree: Any
-    parts: Mapping[str, Part]
-    small: Mapping[str, Tensor]
+    tree: Mapping[str, Any]
+    beside: Mapping[str, Tensor]
     config: Mapping[str, Any]
     loss: float | None
 
 
-def snapshot(learner: Learner, config: Mapping[str, Any], loss: float | None, copied: bool) -> Snapshot:
-    """The state as it is now; copied: so that later steps do not move it. Every rank must ask."""
+@dataclass(frozen=True)
+class Packed:
+    """A snapshot as it is written. tree: names tensors. shared: this rank's parts of what all ranks write. small: what
+    rank 0 writes."""
+
+    step: int
+    tree: Mapping[str, Any]
+    shared: Mapping[str, Part]
+    small: Mapping[str, Tensor]
+    beside: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+    loss: float | None
+
+
+BESIDE = "beside:"  # no name in a tree begins so
+
+
+def packed(state: Snapshot, copies: Copies | None) -> Packed:
+    """A snapshot in the form of its files. copies: makes them of its tensors; None: the memory stays shared."""
     tensors: dict[str, Tensor] = {}
-    tree = pack(learner_state(learner), tensors)
-    parts = {name: part_of(tensor) for name, tensor in tensors.items()}
-    if copied:
-        parts = {name: part.staged() for name, part in parts.items()}
+    trees: list[Any] = []
+
+    def parts() -> dict[str, Part]:
+        trees.append(pack(state.tree, tensors))
+        found = {name: part_of(tensor) for name, tensor in tensors.items()}
+        return found | {f"{BESIDE}{name}": part_of(tensor) for name, tensor in state.beside.items()}
+
+    made = parts() if copies is None else copies.make(parts)
     shared = {name for name, tensor in tensors.items() if is_sharded(tensor) or is_large(tensor)}
-    small = {name: part.local for name, part in parts.items() if name not in shared}
-    return Snapshot(learner.step, tree, {n: p for n, p in parts.items() if n in shared}, small, config, loss)
+    return Packed(
+        state.step,
+        trees[0],
+        {name: made[name] for name in tensors if name in shared},
+        {name: made[name].local for name in tensors if name not in shared},
+        {name: made[f"{BESIDE}{name}"].local for name in state.beside},
+        state.config,
+        state.loss,
+    )
 
 
 def is_large(tensor: Tensor) -> bool:
@@ -59,12 +90,12 @@ def is_large(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.ndim > 0 and tensor.numel() > 0
 
 
-def write_checkpoint(run: Path, state: Snapshot, shards: Shards, retention: Retention) -> Path:
+def write_checkpoint(run: Path, state: Packed, shards: Shards, retention: Retention) -> Path:
     """Write a checkpoint of a run, then delete those that are kept no longer. All ranks together. Raises RunError."""
     target = run / "checkpoints" / f"{PREFIX}{state.step}"
     draft = Path(shards.first(lambda: str(draft_of(target))))
     try:
-        files = shards.write(draft / "tensors", state.parts) if state.parts else []
+        files = shards.write(draft / "tensors", state.shared) if state.shared else []
         facts = shards.each(lambda: {name: fact for path in files for name, fact in facts_of(draft, path).items()})
         shards.first(lambda: complete(draft, state, {name: fact for own in facts for name, fact in own.items()}))
         shards.first(lambda: take_place(draft, target))
@@ -76,7 +107,7 @@ def write_checkpoint(run: Path, state: Snapshot, shards: Shards, retention: Rete
     return target
 
 
-def complete(draft: Path, state: Snapshot, facts: Mapping[str, Any]) -> None:
+def complete(draft: Path, state: Packed, facts: Mapping[str, Any]) -> None:
     """What rank 0 writes beside the shards, whose facts it was told; the manifest last."""
     save_file({name: tensor.cpu().contiguous() for name, tensor in state.small.items()}, draft / "state.safetensors")
     (draft / "state.json").write_text(json.dumps(state.tree))
@@ -89,7 +120,10 @@ def complete(draft: Path, state: Snapshot, facts: Mapping[str, Any]) -> None:
     (draft / "manifest.json").write_text(json.dumps(sealed(manifest), indent=1))
 
 
-def nothing() -> None:
+Beside = Callable[[Mapping[str, Tensor]], None]  # writes what belongs beside a checkpoint, of tensors by name
+
+
+def nothing(tensors: Mapping[str, Tensor]) -> None:
     """Nothing is written beside a checkpoint."""
 
 
@@ -113,26 +147,34 @@ class CheckpointWriter:
         learner: Learner,
         config: Mapping[str, Any],
         loss: float | None = None,
-        beside: Callable[[], None] = nothing,
+        beside: Beside = nothing,
+        tensors: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Save the learner as it is now, and on rank 0 before that what belongs beside it. loss: of validation at this
-        step. Raises RunError when this save or the one before it failed."""
+        """Save the learner as it is now, and on rank 0 before that what belongs beside it, which is given tensors as
+        they are now. loss: of validation at this step. In the background: what an optimizer step moves is copied while
+        the next one's passes run; `Learner.hold` waits for that. Raises RunError when this save or the one before it
+        failed."""
         self.wait()
-        state = snapshot(learner, config, loss, copied=self.background)
-
-        def write() -> None:
-            try:
-                self.shards.first(beside)
-                self._written.append(write_checkpoint(self.run, state, self.shards, self.retention))
-            except BaseException as failed:
-                self._failure = failed
-
-        if self.background:
-            self._thread = Thread(target=write, name="checkpoint", daemon=True)
-            self._thread.start()
-        else:
-            write()
+        state = Snapshot(learner.step, learner_state(learner), tensors or {}, config, loss)
+        if not self.background:
+            self._write(partial(packed, state, None), beside)
             self._raise()
+            return
+        copies = Copies(learner.engine.device)
+        taken = partial(packed, replace(state, tree=apart(learner, state.tree)), copies)
+        if learner.engine.device.type not in COPIED_BEHIND:
+            taken = partial(replace, taken())
+        self._thread = Thread(target=self._write, args=(taken, beside), name="checkpoint", daemon=True)
+        self._thread.start()
+        learner.copying = copies.hold
+
+    def _write(self, taken: Callable[[], Packed], beside: Beside) -> None:
+        try:
+            state = taken()
+            self.shards.first(lambda: beside(state.beside))
+            self._written.append(write_checkpoint(self.run, state, self.shards, self.retention))
+        except BaseException as failed:
+            self._failure = failed
 
     def done(self) -> list[Path]:
         """Checkpoints that have become complete since this was last asked. Raises RunError when one failed."""

@@ -24,6 +24,8 @@ Shape = tuple[tuple[int, ...], torch.dtype]
 def pack(tree: Any, tensors: dict[str, Tensor], place: str = "") -> Any:
     """Plain data in which each tensor is replaced by its name, shape and dtype; the tensors are added to the mapping
     and share their memory with the tree's."""
+    if tree is None or isinstance(tree, str | int | float | bool):
+        return tree
     if isinstance(tree, Tensor):
         tensors[place] = tree.detach()
         return {"$tensor": place, "shape": list(tree.shape), "dtype": str(tree.dtype).removeprefix("torch.")}
@@ -32,8 +34,7 @@ def pack(tree: Any, tensors: dict[str, Tensor], place: str = "") -> Any:
         return {key: pack(value, tensors, f"{place}/{key}" if place else key) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
         return [pack(value, tensors, f"{place}/{i}") for i, value in enumerate(tree)]
-    assert tree is None or isinstance(tree, str | int | float | bool), f"{place}: {type(tree)} cannot be saved"
-    return tree
+    raise AssertionError(f"{place}: {type(tree)} cannot be saved")
 
 
 def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -153,6 +154,29 @@ def learner_state(learner: Learner) -> dict[str, Any]:
     }
 
 
+def apart(learner: Learner, tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A learner's state with copies of whatever may change before its next optimizer step; the rest are the learner's
+    own tensors. What an adapter has that is not trained may be carried about with the frozen weights meanwhile."""
+    adapters = learner.model.adapters
+    live = {
+        "adapters": {name: own | copy_of(adapters.fixed(name)) for name, own in tree["adapters"].items()},
+        "optimizers": {name: own | {"groups": copy_of(own["groups"])} for name, own in tree["optimizers"].items()},
+        "ema": {name: dict(average) for name, average in tree["ema"].items()},
+    }
+    return {name: live[name] if name in live else copy_of(value) for name, value in tree.items()}
+
+
+def copy_of(tree: Any) -> Any:
+    """Plain data with containers and tensors of its own."""
+    if isinstance(tree, Tensor):
+        return tree.detach().clone()
+    if isinstance(tree, dict):
+        return {key: copy_of(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [copy_of(value) for value in tree]
+    return tree
+
+
 def tensors_of(adapters: Adapters, name: str) -> dict[str, Tensor]:
     """An adapter's own tensors, trained and fixed."""
     return {**adapters.parameters(name), **adapters.fixed(name)}
@@ -205,6 +229,7 @@ def check_adapters(adapters: Adapters, saved: Mapping[str, Shape]) -> None:
 
 def adopt(learner: Learner, saved: Mapping[str, Any]) -> None:
     """Make a freshly assembled learner the one that was saved, from a tree whose tensors are sharded like its own."""
+    learner.hold()
     for name, tensors in saved["adapters"].items():
         copy_alike(tensors_of(learner.model.adapters, name), tensors)
     for name, optimizer in learner.optimizers.items():

@@ -15,7 +15,10 @@ from weft.events import Listener
 from weft.formats.adapter_file import SavedAdapter
 from weft.run.assemble import check_engine, earlier_adapter, find_adapter, target_report
 from weft.run.config import RunConfig
+from weft.run.documents import check_documents, labelled, last_steps
+from weft.run.estimate import device_of
 from weft.run.pace import Pace
+from weft.run.recording import check_graphs
 from weft.run.shots import check_shots, shots_of
 from weft.run.surveyed import surveyed, unheard
 from weft.run.trackers import check_trackers
@@ -29,15 +32,25 @@ def check(config: RunConfig, engine: Engine | None = None, tell: Listener = unhe
     survey = surveyed(config, tell)
     survey.refuse_when_unusable(config.data.unreadable)
     check_samples(config)
+    config = labelled(config, survey)
     skeleton = config.family.skeleton()
     check_adapter(config, target_report(config, skeleton))
     for role in config.objective.roles(config.family.experts):
         target_report(config, skeleton, role)
     if engine is not None:
         check_engine(config, engine)
+    check_recording(config, engine)
     check_optimizer(config)
     check_trackers(config.track)
     return survey
+
+
+def check_recording(config: RunConfig, engine: Engine | None) -> None:
+    """Raises ConfigError for steps that are to be recorded and cannot be."""
+    if engine is not None:
+        check_graphs(config, engine.device, engine.world, engine.precision)
+    else:
+        check_graphs(config, device_of(config), config.parallel.least().world, config.engine.precision)
 
 
 def check_objective(config: RunConfig) -> None:
@@ -95,7 +108,9 @@ def check_adapter(config: RunConfig, targets: TargetReport) -> None:
 
 def check_earlier(config: RunConfig, targets: TargetReport, path: Path, earlier: SavedAdapter) -> None:
     """Raises WeftError for one adapter that cannot be started from."""
-    if mends := config.adapter.differences(earlier):
+    mends = config.adapter.differences(earlier)
+    mends += [f"adapter.bias={earlier.bias}"] if earlier.bias != config.adapter.biases else []
+    if mends:
         raise ConfigError(
             f"adapter.start_from: {path} is of kind {earlier.kind} and rank {earlier.rank}, which the config cannot "
             "continue. "
@@ -120,15 +135,19 @@ def check_samples(config: RunConfig) -> None:
     """Raises ConfigError for sample sizes, first frames and prompts that the model cannot take."""
     if config.family.medium == "video":
         check_shots(config.family, shots_of(config.samples), "samples.")
+    elif config.family.medium == "documents":
+        check_documents(config)
     else:
         check_replies(config)
 
 
 def settled(config: RunConfig, survey: Any, data_world: int) -> RunConfig:
-    """The config with the numbers that follow from others: accumulate from global_batch, steps from epochs.
+    """The config with the numbers that follow from others: accumulate from global_batch, steps from epochs; of
+    documents also the classes of the data, and what an objective makes of a stream's length.
 
     data_world: processes that train on different data. Raises ConfigError for a global batch that they cannot share.
     """
+    config = labelled(config, survey)
     schedule, together = config.schedule, config.data.batch_size * data_world
     found: dict[str, int] = {}
     if schedule.global_batch is not None:
@@ -141,18 +160,21 @@ def settled(config: RunConfig, survey: Any, data_world: int) -> RunConfig:
                 "another data.batch_size."
             )
         found["accumulate"] = schedule.global_batch // together
-    if schedule.epochs is not None:
+    micro_batches = found.get("accumulate", schedule.accumulate) * data_world  # of a step
+    if config.family.medium == "documents":
+        ends = last_steps(config, survey.stretches, micro_batches)
+        config = config.model_copy(update={"objective": config.objective.fitted(ends)})
+        found["steps"] = list(ends.values())[-1]
+    elif schedule.epochs is not None:
         draws = survey.epoch_draws(config.data.batch_size)
         if draws is None:
             raise ConfigError("schedule.epochs: the length of streamed data is not known. Write schedule.steps.")
-        wanted = ceil(schedule.epochs * draws / (found.get("accumulate", schedule.accumulate) * data_world))
-        steps = steps_of(config, wanted)
-        if schedule.warmup >= steps:
-            raise ConfigError(
-                f"schedule.warmup: it is {schedule.warmup}, but {schedule.epochs:g} epochs are only {steps} steps. "
-                "Lower it."
-            )
-        found["steps"] = steps
+        found["steps"] = steps_of(config, ceil(schedule.epochs * draws / micro_batches))
+    if schedule.epochs is not None and schedule.warmup >= found["steps"]:
+        raise ConfigError(
+            f"schedule.warmup: it is {schedule.warmup}, but {schedule.epochs:g} epochs are only {found['steps']} "
+            "steps. Lower it."
+        )
     return config.model_copy(update={"schedule": schedule.model_copy(update=found)}) if found else config
 
 

@@ -13,8 +13,8 @@ from weft.engines.parallel import Parallel
 from weft.run.roles import Rate, Role, role_of
 from weft.section import Section
 
-OF_TEXT = ("peft",)  # formats that programs for language models read
-USUAL = ("peft", "diffusers")  # formats that are written when none are named, where the kind and the model have them
+OF_TEXT = ("peft", "transformers")  # formats that programs for language models and encoders read
+USUAL = ("peft", "diffusers", "transformers")  # written when none are named, where the kind and the model have them
 ENGINE = "torch"  # the engine of a config that names none
 
 
@@ -41,6 +41,11 @@ class Schedule(Section):
     warmup: int = Field(default=0, ge=0, description="steps in which the learning rate rises from 0 to lr")
     floor: float = Field(default=0.0, ge=0, le=1, description="share of lr that is left at the last step")
     incidents: int = Field(default=5, ge=1, description="stop after so many steps in a row without a finite gradient")
+    reset_optimizer: bool = Field(
+        default=False,
+        description="of a stream of documents: forget the optimizers' moments where a new experience begins; false "
+        "keeps those of the one before, which pull towards it for a while",
+    )
 
     @model_validator(mode="after")
     def _one_of_two(self) -> "Schedule":
@@ -183,7 +188,7 @@ class RunConfig(Section):
         default_factory=dict,
         description="of an objective that trains several parts, what each has of its own: {critic: {optimizer: ...}}",
     )
-    data: plugins.union("data") = Field(description="clips, captions, buckets, cache")  # type: ignore[valid-type]
+    data: plugins.union("data") = Field(description="clips, captions, conversations or documents")  # type: ignore[valid-type]
     engine: plugins.union("engine") = Field(  # type: ignore[valid-type]
         default_factory=lambda: plugins.find("engine", ENGINE)(), description="device and precision"
     )
@@ -231,6 +236,15 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _has_experiences(self) -> "RunConfig":
+        if self.schedule.reset_optimizer and self.family.medium != "documents":
+            raise ValueError(
+                "schedule.reset_optimizer: only documents come in several experiences, and this run has one. Leave it "
+                "out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _roles_exist(self) -> "RunConfig":
         from weft.errors import did_you_mean
 
@@ -264,6 +278,16 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _adapter_fits(self) -> "RunConfig":
+        own = {f"roles.{name}.adapter": role.adapter for name, role in self.roles.items()}
+        for key, adapter in {"adapter": self.adapter, **own}.items():
+            if adapter is not None and (reason := adapter.refusal(self.family.medium)):
+                raise ValueError(f"{key}: {reason}")
+        if self.engine.recompute and self.adapter.recompute:
+            raise ValueError(f"engine.recompute: adapter.{self.adapter.recompute}. Write engine.recompute=false")
+        return self
+
+    @model_validator(mode="after")
     def _adapter_has_formats(self) -> "RunConfig":
         if not self.adapter.formats:
             raise ValueError(
@@ -289,6 +313,8 @@ class RunConfig(Section):
     def rate_of(self, role: str) -> Rate:
         """How the learning rate of a role moves."""
         own, run = role_of(self.roles, role), self.schedule
+        if self.family.medium == "documents" and role in self.objective.steady:
+            return Rate("constant", 0, 0.0, max_norm=0.0)  # it cuts its gradients itself, group by group
 
         def chosen(name: str) -> Any:
             value = getattr(own, name)
@@ -321,20 +347,25 @@ class RunConfig(Section):
 
 # Keys that change no number of the training: a resumed run may differ in them without being told so.
 FREE_ON_RESUME = ("name", "output", "resume", "resume_allow", "save", "samples", "validation", "track",
-                  "data.cache",
+                  "data.cache", "data.cache_shards",
                   "data.cache_folder", "data.unreadable", "data.dropped", "data.too_short", "data.workers",
-                  "engine.stream_blocks", "engine.offload_inputs", "engine.experts", "engine.pinned",
+                  "engine.stream_blocks", "engine.offload_inputs", "engine.offload_activations",
+                  "engine.experts", "engine.pinned",
                   # How many processes there are, and how they share: "items_per_step" among the inputs must stay.
                   "parallel", "schedule.accumulate", "schedule.global_batch", "engine.kind", "engine.read",
                   "engine.timeout", "engine.zero", "engine.offload_optimizer", "engine.offload_parameters",
-                  "engine.verified_copy")  # fmt: skip
+                  "engine.verified_copy",
+                  # What computes the same another way, to rounding.
+                  "family.lean", "family.attention", "family.kernels", "adapter.fused", "engine.compile",
+                  "engine.activation_budget", "engine.recompute", "engine.graphs")  # fmt: skip
 
 
 # Keys that a saved state cannot be fitted to when they change.
 FIXED_ON_RESUME = (
     "family", "adapter.kind", "adapter.rank", "adapter.targets", "adapter.exclude", "adapter.dora", "adapter.conv_rank",
     "adapter.init", "adapter.factor", "adapter.decompose_both", "adapter.block_size", "adapter.share_blocks",
-    "adapter.series", "objective.kind", "optimizer.kind", "optimizer.path", "ema", "inputs.network",
+    "adapter.series", "adapter.bias", "adapter.tokens", "adapter.hidden", "adapter.network", "adapter.projection",
+    "objective.kind", "optimizer.kind", "optimizer.path", "ema", "inputs.network",
 )  # fmt: skip
 
 

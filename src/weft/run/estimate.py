@@ -14,12 +14,14 @@ from weft.engines.residency import memory_of
 from weft.engines.single_device import DTYPES, best_device, best_precision
 from weft.run.assemble import target_report
 from weft.run.config import RunConfig
+from weft.run.partitions import Accounts, Parted
 from weft.run.questions import Shape
-from weft.run.rehearsal import LiveBytes, Rehearsal, Stage, block_lists, rehearsed
+from weft.run.rehearsal import LiveBytes, Rehearsal, Stage, Traced, block_lists, rehearsed
 from weft.run.shares import ALONE, adapter_bytes, weights_of
 
 FIXED = 0.6 * 2**30  # bytes: context of the device and the workspaces of its libraries, on CUDA
 FULL = {**DTYPES, "fp32": torch.float32}
+TWO = 2  # blocks of which something is on the device where what they keep is sent away: see engines/activations.py
 DEPTH = 2  # blocks of a network of equal blocks that are rehearsed, and one more, to know what each further one takes
 
 
@@ -31,7 +33,7 @@ class Estimate:
     adapter: int  # fp32 weights, gradients, optimizer state, moving average
     activations: int
     fixed: int
-    host: int = 0  # frozen weights that wait for their turn, moments that are kept there
+    host: int = 0  # weights that wait for their turn, moments that are kept there, what the backward pass is to read
 
     @property
     def total(self) -> int:
@@ -49,14 +51,51 @@ class Card:
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes beside the weights: kept for the backward pass, and the most at a time in both passes."""
+    """Bytes beside the weights: kept for the backward pass, and the most at a time in both passes. host: waiting there
+    between the passes."""
 
     kept: int
     peak: int
+    host: int = 0
 
-    def further(self, other: "Held", times: int) -> "Held":
+    def further(self, other: "Held", times: float) -> "Held":
         """This, and so many times what the other has more."""
-        return Held(*(a + times * (b - a) for a, b in ((self.kept, other.kept), (self.peak, other.peak))))
+        pairs = ((self.kept, other.kept), (self.peak, other.peak), (self.host, other.host))
+        return Held(*(round(a + times * (b - a)) for a, b in pairs))
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What a rehearsal of one phase held. blocks: of compiled ones each graph, and how often it ran forward. away: what
+    they keep waits in host memory."""
+
+    held: Held
+    blocks: tuple[tuple[Parted, int], ...] = ()
+    away: bool = False
+
+    def at(self, budget: float) -> Held:
+        """What it would have held under a memory budget; it was rehearsed under that of 1."""
+        less = [(parted.saved(1.0) - parted.saved(budget), runs) for parted, runs in self.blocks]
+        spared = sum(each * runs for each, runs in less)
+        # In the backward pass one block at a time has again all that it would have kept.
+        again = max((each for each, runs in less if runs), default=0)
+        sent = min(spared, self.held.host) if self.away else 0
+        here = spared - sent + min(sent, TWO * again)
+        return Held(self.held.kept - here, self.held.peak - here + again, self.held.host - sent)
+
+
+@dataclass(frozen=True)
+class Rehearsals:
+    """A phase rehearsed in short, and where blocks are equal, with one of them more, and how many further there are."""
+
+    short: Rehearsed
+    longer: Rehearsed | None = None
+    further: int = 0
+
+    def at(self, budget: float) -> Held:
+        """What the whole network holds under a memory budget of its compiled blocks."""
+        short = self.short.at(budget)
+        return short if self.longer is None else short.further(self.longer.at(budget), self.further)
 
 
 def precision_of(config: RunConfig) -> str:
@@ -90,33 +129,33 @@ def estimate(
     Raises ConfigError when more blocks are to be streamed than there are.
     """
     card = card or card_of(config)
-    found = all_activations(config, shapes, layout.sequence)
+    found = all_held(config, shapes, layout.sequence)
     return {shape: composed(config, found[shape], trained, card, layout) for shape in shapes}
 
 
-def composed(
-    config: RunConfig, activations: int, trained: Mapping[str, int], card: Card, layout: Layout = ALONE
-) -> Estimate:
-    """The whole from what is already known of a step's activations."""
+def composed(config: RunConfig, step: Held, trained: Mapping[str, int], card: Card, layout: Layout = ALONE) -> Estimate:
+    """The whole from what is already known of a step."""
     by_block = config.family.weight_bytes(precision_of(config))
     weights, waiting = weights_of(config, by_block, card.memory, layout)
     adapter, moments = adapter_bytes(config, trained, layout)
-    return Estimate(weights, adapter, activations, int(FIXED) if card.gpu else 0, waiting + moments)
+    host = waiting + moments + step.host
+    return Estimate(weights, adapter, step.peak, int(FIXED) if card.gpu else 0, host)
 
 
 # ---- Activations ----------------------------------------------------------------------------------------------------
 
 
-def all_activations(config: RunConfig, shapes: Sequence[Shape], sequence: int = 1) -> dict[Shape, int]:
-    """`activations` of each shape. Of many only the largest and the smallest are rehearsed: it is linear in tokens."""
+def all_held(config: RunConfig, shapes: Sequence[Shape], sequence: int = 1) -> dict[Shape, Held]:
+    """What a micro-batch of each shape holds. Of many only the largest and the smallest are rehearsed: all is linear in
+    tokens."""
     ordered = sorted(shapes, key=lambda shape: shape.tokens)
     rehearse = ordered if len(ordered) <= 2 else [ordered[0], ordered[-1]]
-    found = {shape: activations(config, shape, sequence) for shape in rehearse}
+    found = {shape: held(config, shape, sequence) for shape in rehearse}
     if len(found) == len(set(ordered)):
         return found
     low, high = rehearse
-    slope = (found[high] - found[low]) / max(1, high.tokens - low.tokens)
-    return {b: found[b] if b in found else round(found[low] + slope * (b.tokens - low.tokens)) for b in ordered}
+    span = max(1, high.tokens - low.tokens)
+    return {b: found.get(b) or found[low].further(found[high], (b.tokens - low.tokens) / span) for b in ordered}
 
 
 def activations(config: RunConfig, shape: Shape, sequence: int = 1) -> int:
@@ -131,39 +170,74 @@ def held(config: RunConfig, shape: Shape, sequence: int = 1) -> Held:
 
 
 def held_by_phase(config: RunConfig, shape: Shape, sequence: int = 1) -> dict[str, Held]:
-    """What one micro-batch of each phase holds. A long row of equal blocks is rehearsed in short, since each takes the
-    same."""
+    """What one micro-batch of each phase holds, under the config's own memory budget."""
+    found, budget = rehearsals(config, shape, sequence), budget_of(config)
+    return {phase: each.at(budget) for phase, each in found.items()}
+
+
+def budget_of(config: RunConfig) -> float:
+    """The memory budget of compiled blocks, where it is a number already."""
+    budget = config.engine.activation_budget
+    return budget if isinstance(budget, float) else 1.0
+
+
+def most_at(found: Mapping[str, Rehearsals], budget: float) -> Held:
+    """What the phase holds that holds most."""
+    return max((each.at(budget) for each in found.values()), key=lambda each: each.peak)
+
+
+def more_at(found: Mapping[str, Rehearsals], budget: float) -> float:
+    """The share of matrix products and attention that a block computes again, where it computes most again."""
+    graphs = (parted for each in found.values() for parted, runs in each.short.blocks if runs)
+    return max((parted.more(budget) for parted in graphs), default=0.0)
+
+
+def rehearsals(config: RunConfig, shape: Shape, sequence: int = 1) -> dict[str, Rehearsals]:
+    """One micro-batch of each phase. A long row of equal blocks is rehearsed in short, since each takes the same."""
     residence = replace(config.engine.residence(), stream_blocks=0, experts="together", pinned=False, verified=False)
     depth = equal_blocks(config)
     precision = precision_of(config)
-    stage = Stage(FULL[config.family.weight_dtype(precision)], precision, residence, (), sequence)
+    traced = Traced() if config.engine.compile is True else None
+    stage = Stage(FULL[config.family.weight_dtype(precision)], precision, residence, (), sequence, traced)
     if depth <= 2 * DEPTH:  # as many as in short, or fewer
-        return rehearsed_bytes(config, shape, stage)
+        return {phase: Rehearsals(each) for phase, each in rehearsed_bytes(config, shape, stage).items()}
     short, longer = (rehearsed_bytes(config, shape, replace(stage, depths=(n,))) for n in (DEPTH, DEPTH + 1))
-    return {phase: short[phase].further(longer[phase], depth - DEPTH) for phase in short}
+    return {phase: Rehearsals(short[phase], longer[phase], depth - DEPTH) for phase in short}
 
 
-def rehearsed_bytes(config: RunConfig, shape: Shape, stage: Stage) -> dict[str, Held]:
+def rehearsed_bytes(config: RunConfig, shape: Shape, stage: Stage) -> dict[str, Rehearsed]:
     """Follow the memory of one rehearsal, phase by phase."""
+    accounts = None if stage.compiled is None else stage.compiled.accounts
     with rehearsed(config, shape, stage) as rehearsal:
-        return {phase.name: followed(rehearsal, phase) for phase in rehearsal.phases}
+        return {phase.name: followed(rehearsal, phase, accounts) for phase in rehearsal.phases}
 
 
-def followed(rehearsal: Rehearsal, phase: Phase) -> Held:
+def followed(rehearsal: Rehearsal, phase: Phase, accounts: Accounts | None = None) -> Rehearsed:
     """Follow the memory of one phase."""
     live, inputs = LiveBytes(), rehearsal.engine.inputs
+    sent = 0 if inputs is None else inputs.moved
+    if accounts is not None:
+        accounts.begin()
+        accounts.ignoring = live.ignoring
     trained = rehearsal.adapters.parameters(phase.role).values()
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)  # gradients are the adapter's own account
-    if inputs is not None:
-        inputs.host_memory = live.ignoring
+    away = rehearsal.engine.activations
+    for sender in (inputs, away):
+        if sender is not None:
+            sender.host_memory = live.ignoring
     with rehearsal.known.during(live), rehearsal.adapters.use(phase.role), live:
         loss = rehearsal.loss(phase, 0)
         kept = live.now
+        host = (0 if inputs is None else inputs.moved - sent) + (0 if away is None else away.pool.used)
+        # Recomputed, what a block keeps is gone before the next but one runs, whatever it is.
+        gone = accounts is None or rehearsal.engine.residence.recompute
+        blocks = () if accounts is None or gone else tuple((each, each.runs) for each in accounts.parted)
         loss.backward()
     for parameter in trained:
         parameter.grad = None
-    return Held(kept, live.peak + (inputs.largest if inputs is not None else 0))
+    ahead = 0 if inputs is None else inputs.largest  # on a GPU one input comes back before its time
+    return Rehearsed(Held(kept, live.peak + ahead, host), blocks, away is not None)
 
 
 def equal_blocks(config: RunConfig) -> int:

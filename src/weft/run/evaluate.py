@@ -1,6 +1,6 @@
 """Validation: the loss on held-out items at fixed noise and fixed times, against the base with its adapter off."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -21,6 +21,7 @@ def averaged(learner: Learner) -> Iterator[None]:
     kept: dict[str, dict[str, Tensor]] = {}
     for role, average in learner.ema.items():
         if average.tensors:
+            learner.hold()
             kept[role] = {name: p.detach().clone() for name, p in adapters.parameters(role).items()}
             copy_in(adapters.parameters(role), average.tensors)
     try:
@@ -47,24 +48,40 @@ def resting(network: nn.Module) -> Iterator[None]:
         network.train(was)
 
 
+def so_far(batches: Mapping[str, Sequence[Batch]], learner: Learner) -> list[Batch]:
+    """The batches of the experiences that have begun; of one that goes through all of them, all."""
+    begun, start = set[str](), 0
+    for experience in learner.stream:
+        if start < learner.step or not begun:
+            begun.add(experience.name)
+        start = experience.last_step
+    known = [own for name, own in batches.items() if name in begun] or list(batches.values())
+    return [batch for own in known for batch in own]
+
+
 @dataclass
 class Evaluator:
     """Measures a learner on the same questions each time. The adapter-off losses are measured once and kept.
 
     An item that cannot be loaded is counted in `failed` and enters no mean; without any item there is no loss, not 0.
+    among: chooses the batches that are measured at the moment, in place of a baseline: of a stream of documents those
+    of the experiences so far, where a head that has learned nothing is nothing to compare with.
     """
 
     batches: Sequence[Batch]
     failed: int
     seed: int
     baseline: Tensor | None = None  # (pairs, items)
+    among: Callable[[Learner], Sequence[Batch]] | None = None
 
     def evaluate(self, learner: Learner) -> Evaluated:
         objective = learner.objective
         assert isinstance(objective, Validated), f"{objective} has no fixed measure"
         pairs = objective.measured(learner.experts)
+        if self.among is not None:
+            self.batches = self.among(learner)
         with resting(learner.model.network), torch.no_grad():
-            if self.baseline is None:
+            if self.baseline is None and self.among is None:
                 self.baseline = self._losses(learner, objective, adapter=False)
             with averaged(learner):
                 losses = self._losses(learner, objective, adapter=True)
@@ -72,19 +89,24 @@ class Evaluator:
             return Evaluated(step=learner.step, loss=None, baseline=None, by_time={}, baseline_by_time={},
                              items=0, failed=self.failed)  # fmt: skip
         weights = torch.cat([objective.weights(batch) for batch in self.batches]).double()  # (items,)
-        now, before = weighted(losses.double(), weights), weighted(self.baseline.double(), weights)  # (pairs,)
+        now = weighted(losses.double(), weights)  # (pairs,)
+        before = None if self.baseline is None else weighted(self.baseline.double(), weights)
         several = len(learner.experts) > 1
         times = [" ".join(filter(None, (expert * several, time_of(time)))) for expert, time in pairs]
         return Evaluated(
             step=learner.step,
             loss=float(now.mean()),
-            baseline=float(before.mean()),
+            baseline=None if before is None else float(before.mean()),
             by_time=dict(zip(times, now.tolist(), strict=True)) if any(times) else {},
-            baseline_by_time=dict(zip(times, before.tolist(), strict=True)) if any(times) else {},
+            baseline_by_time=dict(zip(times, before.tolist(), strict=True))
+            if any(times) and before is not None
+            else {},
             by_expert=by_expert(pairs, now) if several else {},
             items=losses.shape[1],
             failed=self.failed,
-            standard_error=standard_error((losses.double() - self.baseline.double()).mean(0), weights),
+            standard_error=None
+            if self.baseline is None
+            else standard_error((losses.double() - self.baseline.double()).mean(0), weights),
         )
 
     def _losses(self, learner: Learner, objective: Validated, adapter: bool) -> Tensor:

@@ -6,6 +6,7 @@ events.rank0.jsonl     one event a line, appended for ever      run.rank0.log   
 heartbeat.rank0.json   that it lives, and when it last moved
 checkpoints/global_step_N/   everything to resume exactly           global_step_N/      the adapter, for use
 adapter/               the finished adapter                         samples/ incidents/
+predictions/           answers to test documents, without text      summary.json        what a stream of them comes to
 """
 
 import errno

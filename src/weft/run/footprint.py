@@ -12,7 +12,8 @@ def footprint(device: torch.device) -> int | None:
     On a GPU the allocator gives little back, so after a step it is near the step's peak.
     """
     if device.type == "cuda":
-        return torch.cuda.memory_reserved(device)
+        # As torch.cuda.memory_reserved, which would flatten and sort all that is known first.
+        return torch.cuda.memory_stats_as_nested_dict(device)["reserved_bytes"]["all"]["current"]
     try:
         pages = Path("/proc/self/statm").read_text().split()[1]
     except OSError:

@@ -35,8 +35,9 @@ class Health:
         self.measured_at = learner.step
         adapters = learner.model.adapters
         with adapters.use(None):  # a layer that is asked for its own weight answers alone
-            lines = [self._line(learner, role) for role in adapters.names]
-        if learner.engine.rank == 0:
+            # A network that is trained itself, and virtual tokens, change no frozen layer.
+            lines = [self._line(learner, role) for role in adapters.names if adapters.paths_of(role)]
+        if lines and learner.engine.rank == 0:
             append(self.config.folder / FILE, lines)
 
     def _line(self, learner: Learner, role: str) -> dict[str, Any]:

@@ -25,26 +25,26 @@ class Incidents:
     def skipped(self, learner: Learner, phase: Phase, outcome: Outcome) -> None:
         """Keep the batch and the numbers of a step whose gradient was not finite; stop after too many in a row."""
         in_a_row = learner.skipped_in_a_row
-        overflow = any(step.overflow for step in outcome.steps.values())
+        overflow = outcome.overflow
         reason = "fp16 overflow, the loss scale was lowered" if overflow else "the gradient is not finite"
         folder = None if overflow else self._keep(learner, phase, outcome)
-        self.tell(Incident(step=learner.step + 1, phase=phase.name, reason=reason, in_a_row=in_a_row,
+        self.tell(Incident(step=outcome.step, phase=phase.name, reason=reason, in_a_row=in_a_row,
                            folder=str(folder) if folder else None))  # fmt: skip
         if in_a_row >= (10 * self.limit if overflow else self.limit):
             raise RunError(
                 f"{self.run}: {in_a_row} steps in a row had a gradient that is not finite, the last at step "
-                f"{learner.step + 1}. Their items and numbers are in {self.run / 'incidents'}. Lower optimizer.lr or "
+                f"{outcome.step}. Their items and numbers are in {self.run / 'incidents'}. Lower optimizer.lr or "
                 "look at those items; the newest checkpoint is from before."
             )
 
     def _keep(self, learner: Learner, phase: Phase, outcome: Outcome) -> Path:
-        folder = self.run / "incidents" / f"step_{learner.step + 1:06d}_{phase.name}"
+        folder = self.run / "incidents" / f"step_{outcome.step:06d}_{phase.name}"
         folder.mkdir(parents=True, exist_ok=True)
         facts: dict[str, Any] = {
-            "step": learner.step + 1,
+            "step": outcome.step,
             "phase": phase.name,
             "seed": learner.seed,
-            "drawn": learner.drawn,
+            "drawn": outcome.drawn,
             "keys": [batch.keys for batch in outcome.batches],
             "metrics": {name: repr(value) for name, value in outcome.metrics.items()},
         }

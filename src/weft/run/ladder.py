@@ -1,11 +1,9 @@
 """From what a run needs down to what there is: which ways to need less memory, and what each leaves."""
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,12 +16,11 @@ from weft.run.config import RunConfig
 from weft.run.estimate import Card, Estimate, card_of, device_of
 from weft.run.parts import trained_of
 from weft.run.questions import Shape
-from weft.run.rungs import MAKERS, Need
+from weft.run.rungs import MAKERS, Need, host_memory
 from weft.run.shares import ALONE
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
          "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip
-CGROUP = Path("/sys/fs/cgroup/memory.max")  # a container's own limit, on Linux
 
 
 @dataclass(frozen=True)
@@ -54,11 +51,7 @@ def device_memory(config: RunConfig) -> int | None:
     None where neither is known.
     """
     own = memory_of(device_of(config))
-    if own is not None or os.name != "posix":
-        return own
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = CGROUP.read_text().strip() if CGROUP.is_file() else "max"
-    return min(machine, int(limit)) if limit.isdigit() else machine
+    return host_memory() if own is None else own
 
 
 def ladder(
@@ -108,7 +101,7 @@ def climb(need: Need, limit: int) -> Iterator[Rung]:
             after = need.of(changed, step.shape or need.shape, step.layout)
         except WeftError:  # such as a dtype that does not go with the precision: no way for this run
             continue
-        if after.estimate.total < need.estimate.total or step.name == "cache":
+        if after.estimate.total < need.estimate.total or step.opens or step.name == "cache":
             need = after
             lines = tuple(f"{key}={spelled(value)}" for key, value in step.changes.items())
             yield Rung(step.name, lines, after.estimate.total, step.cost)
@@ -136,6 +129,8 @@ def spelled(value: object) -> str:
     """A value as YAML reads it on a command line."""
     if isinstance(value, bool):
         return str(value).lower()
+    if value is None:
+        return "null"
     if isinstance(value, list | tuple):
         return f"[{','.join(map(spelled, value))}]"
     return str(value)

@@ -128,8 +128,8 @@ class DataWait:
         return (
             f"the loop waits for data {share:.0%} of the time: the last {self.STEPS} steps waited "
             f"{sum(waited for waited, _ in self._recent):.1f} s for batches. With data.cache: disk all is encoded "
-            "once and then only read; where that is set, or data is streamed, the disk, the network or the free cores "
-            "are too slow for these batches."
+            "once and then only read; where that is set, and of streams and documents, which have none, the disk, the "
+            "network or the free cores are too slow for these batches."
         )
 
 
@@ -170,6 +170,8 @@ def clock(seconds: float | None) -> str:
 def sentence(event: Event) -> str | None:
     """What a run says of an event, on the terminal and in its log; None of steps and phases, which each shows its own
     way."""
+    if isinstance(event, events.Scored) and event.metric not in MAIN_SCORES:
+        return None  # a row has seven numbers for each task; the log of events and the summary have them all
     tell = SENTENCES.get(type(event))
     return tell(event) if tell else None
 
@@ -183,15 +185,13 @@ def _run_started(event: events.RunStarted) -> str:
 
 
 def _evaluated(event: events.Evaluated) -> str:
-    if event.loss is None or event.baseline is None:
+    if event.loss is None:
         return f"step {event.step}: validation measured nothing, {event.failed} items failed"
     failed = f", {event.failed} items FAILED" if event.failed else ""
     each = ", ".join(f"{name} {loss:.4f}" for name, loss in event.by_expert.items())
     each = f" ({each})" if each else ""
-    return (
-        f"step {event.step}: validation loss {event.loss:.4f}{each}, without the adapter {event.baseline:.4f} "
-        f"({event.items} items{failed})"
-    )
+    beside = "" if event.baseline is None else f", without the adapter {event.baseline:.4f}"
+    return f"step {event.step}: validation loss {event.loss:.4f}{each}{beside} ({event.items} items{failed})"
 
 
 def _controlled(event: events.Controlled) -> str:
@@ -205,6 +205,7 @@ def _scored(event: events.Scored) -> str:
     return f"step {event.step}: after {event.after}, {event.metric}: {scores}"
 
 
+MAIN_SCORES = ("accuracy", "micro_f1")
 SENTENCES: Mapping[type[Event], Callable[[Any], str]] = {
     events.Notice: lambda event: event.text,
     events.RunStarted: _run_started,

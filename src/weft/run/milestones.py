@@ -15,6 +15,7 @@ from weft.run.learner import Learner
 from weft.run.media import Showing
 from weft.run.retention import due_by_epoch
 from weft.run.saving import Saver
+from weft.run.scoring import UNTRAINED, Scorer
 from weft.run.train import Outcome
 
 
@@ -29,6 +30,7 @@ class Keeper:
     tell: Listener
     showing: Showing
     evaluator: Evaluator | None
+    scorer: Scorer | None = None
     evaluated_at: int | None = None
     last: Evaluated | None = None
     saver: Saver = field(init=False)
@@ -48,10 +50,17 @@ class Keeper:
 
     def before_start(self, learner: Learner) -> None:
         """The state before the first step: validation, and the base's own samples."""
+        self.score(learner)
         if learner.step == 0:
             self.validate(learner)
             if self.config.samples.baseline and self.can_sample:
                 self.showing.sample(learner, adapter=False)
+
+    def is_due(self, learner: Learner) -> bool:
+        """Whether something is measured, shown or saved after this step."""
+        config = self.config
+        calendar = (config.validation.every, config.samples.every, config.save.every)
+        return any(due(learner.step, every) for every in calendar) or self._an_epoch_ended(learner)
 
     def after_step(self, learner: Learner) -> None:
         step = learner.step
@@ -66,14 +75,19 @@ class Keeper:
     def _an_epoch_ended(self, learner: Learner) -> bool:
         """Whether the last step went past so many epochs as the config wants a checkpoint after."""
         current, per_phase = under_way(learner), self.config.schedule.accumulate * learner.engine.data_world
-        if current is None:  # the end of the stretch saves of itself
+        if current is None or self._stretch_ended(learner):  # the end of a stretch saves of itself
             return False
         phases = learner.pace.micro_batches(learner.step) - learner.pace.micro_batches(learner.step - 1)
         before = learner.drawn - phases * per_phase
         return due_by_epoch(before, learner.drawn, current.epoch_draws, self.config.save.every_epochs)
 
+    def _stretch_ended(self, learner: Learner) -> str | None:
+        """The experience whose last step was just done."""
+        return next((each.name for each in learner.stream if each.last_step == learner.step), None)
+
     def after_experience(self, learner: Learner) -> None:
-        """The end of a stretch: validate and save, unless the last step just did."""
+        """The end of a stretch: score what was learned in it, validate and save, unless the last step just did."""
+        self.score(learner)
         if self.evaluated_at != learner.step:
             self.validate(learner)
         self.save(learner)
@@ -103,6 +117,13 @@ class Keeper:
         self.evaluated_at = learner.step
         self.tell(self.last)
         self.health.measure(learner)
+
+    def score(self, learner: Learner) -> None:
+        """Score a learner on all experiences of a stream of documents, before the first of them and after each; also
+        one that was saved before it was scored."""
+        after = UNTRAINED if learner.step == 0 else self._stretch_ended(learner)
+        if self.scorer is not None and after is not None:
+            self.scorer.score(learner, after)
 
     def sample(self, learner: Learner) -> None:
         """Make samples of every prompt, where there are any."""

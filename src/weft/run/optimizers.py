@@ -50,16 +50,22 @@ class AdamW(Adam):
     kind: Literal["adamw"] = "adamw"
 
     def build(self, parameters: "Mapping[str, nn.Parameter]", factor: LrFactor) -> "Optimizer":
-        """Fused where the device has the kernel, which all of torch's devices but mps do for fp32."""
+        """Flat where parameters can lie end to end; else torch's own, of sharded ones too, fused where the device has
+        the kernel, which all of torch's devices but mps do for fp32."""
         import torch
 
+        from weft.engines.flat_adamw import FlatAdamW, can_be_flat
+
         groups = parameter_groups(parameters, self.lr, self.weight_decay, factor)
+        if can_be_flat(list(parameters.values())):
+            return FlatAdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
         on = next(iter(parameters.values())).device.type
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=on in ("cuda", "cpu"))
 
 
 class AdamW8bit(Adam):
-    """AdamW with moments in 8 bits, by bitsandbytes. Dettmers et al. 2022, arXiv:2110.02861."""
+    """AdamW with moments in 8 bits, by bitsandbytes. Dettmers et al. 2022, arXiv:2110.02861. The host waits for each
+    gradient's length, for the kernels step by any."""
 
     kind: Literal["adamw8bit"] = "adamw8bit"
 
@@ -77,7 +83,8 @@ class AdamW8bit(Adam):
 
 
 class CustomOptimizer(Section):
-    """Any torch optimizer class by its dotted path, with its own arguments."""
+    """Any torch optimizer class by its dotted path, with its own arguments. The host waits for each gradient's length,
+    unless it is one of torch's that takes `fused`, which look for themselves whether it is finite."""
 
     kind: Literal["custom"] = "custom"
     path: str = Field(description="module and class, such as torch.optim.Adafactor")

@@ -8,7 +8,7 @@ from torch import nn
 
 from weft.adapters.targets import TargetReport
 from weft.contracts import Distilled, as_video
-from weft.run.assemble import target_report
+from weft.run.assemble import target_report, trained_numbers
 from weft.run.config import RunConfig
 
 
@@ -41,7 +41,8 @@ def parts_of(config: RunConfig, skeleton: nn.Module) -> tuple[Part, ...]:
         for role in roles:
             recipe, targets, steps = config.adapter_of(role), target_report(config, skeleton, role), moves.get(role, [])
             every = min((own[later] - own[earlier] for earlier, later in pairwise(steps)), default=len(own))
-            lr, numbers = config.optimizer_of(role).lr, recipe.trainable(targets)
+            lr = config.optimizer_of(role).lr
+            numbers = trained_numbers(config, skeleton, role)
             parts.append(Part(role, recipe.summary(), targets, numbers, lr, len(steps), every))
     return tuple(parts)
 
@@ -58,10 +59,7 @@ def moves_of(config: RunConfig) -> dict[str, list[int]]:
 def trained_of(config: RunConfig) -> dict[str, int]:
     """Parameters of each role that a run trains."""
     skeleton = config.family.skeleton()
-    return {
-        role: config.adapter_of(role).trainable(target_report(config, skeleton, role))
-        for role in config.objective.roles(config.family.experts)
-    }
+    return {role: trained_numbers(config, skeleton, role) for role in config.objective.roles(config.family.experts)}
 
 
 def base_bytes(config: RunConfig, precision: str) -> int:

@@ -11,7 +11,8 @@ from weft.data.buckets import Bucket
 from weft.data.cache import CacheStatus
 from weft.engines.parallel import Layout
 from weft.errors import DataError, WeftError
-from weft.run.assemble import Trainable, target_report
+from weft.run.assemble import Trainable, bias_numbers, target_report
+from weft.run.blocks import choice_of
 from weft.run.checks import (
     check_adapter,
     check_objective,
@@ -22,6 +23,7 @@ from weft.run.checks import (
     settled,
 )
 from weft.run.config import RunConfig
+from weft.run.documents import labelled
 from weft.run.estimate import Card, Estimate, card_of, device_of, estimate, precision_of
 from weft.run.ladder import Rung, device_memory, ladder
 from weft.run.layouts import check_layout, layout_of
@@ -47,11 +49,12 @@ class Plan:
     items: int  # of a step, on all processes together
     steps_per_epoch: int | None  # None: of streams it is not known
     epochs: float | None  # passes over the data
-    cache: CacheStatus
+    cache: CacheStatus | None  # None: nothing is kept on disk
     disk: int  # bytes that checkpoints and adapters will take
     problems: tuple[str, ...]
     limit: int | None  # bytes of memory that there are, as asked for or of the device; None: not known
     rungs: tuple[Rung, ...]  # what would bring the largest shape below the limit; empty when it fits
+    blocks: tuple[str, ...] = ()  # whether they are compiled, and what they may keep, in words
 
     @property
     def shapes_are_buckets(self) -> bool:
@@ -68,6 +71,7 @@ def plan(config: RunConfig, limit: int | None = None, processes: int | None = No
     layout = layout_of(config, processes)
     check_objective(config)
     survey = surveyed(config)
+    config = labelled(config, survey)
     skeleton = config.family.skeleton()
     shapes = shapes_of(config, survey)
     config, late = settled_or_not(config, survey, layout) if shapes else (config, ())
@@ -83,6 +87,8 @@ def plan(config: RunConfig, limit: int | None = None, processes: int | None = No
     )
     trained = {part.role: part.parameters for part in parts}
     card = card_of(config) if limit is None else Card(gpu=True, memory=limit)
+    choice = choice_of(config, shapes, None if limit is None else card, layout)
+    config = choice.applied(config)
     memory = estimate(config, sorted(shapes, key=lambda shape: -shape.tokens), trained, card, layout)
     if limit is None and (card.gpu or layout.world == 1):  # how many processes share a host's memory is not known
         limit = device_memory(config)
@@ -106,6 +112,7 @@ def plan(config: RunConfig, limit: int | None = None, processes: int | None = No
         disk=disk_bytes(config, trained, per_epoch),
         problems=(*late, *problems),
         limit=limit,
+        blocks=tuple(choice.lines()),
         rungs=tuple(ladder(config, list(shapes), limit, card, layout)) if over and limit is not None else (),
     )
 
@@ -113,7 +120,9 @@ def plan(config: RunConfig, limit: int | None = None, processes: int | None = No
 def of_all(config: RunConfig, skeleton: nn.Module, trained: Mapping[str, int]) -> Trainable:
     """How much is trained, of all experts' networks with all that stands on them."""
     numbers, trainable = sum(p.numel() for p in skeleton.parameters()), sum(trained.values())
-    return Trainable(trainable, trainable + len(config.family.experts) * numbers)
+    own = sum(bias_numbers(config, skeleton, role) for role in trained)
+    beside = trainable - own if config.adapter.has_base else 0  # else it is the network itself that is trained
+    return Trainable(trainable, beside + len(config.family.experts) * numbers)
 
 
 def passes(config: RunConfig, draws: int | None, together: int) -> tuple[float | None, int | None]:
@@ -126,8 +135,10 @@ def passes(config: RunConfig, draws: int | None, together: int) -> tuple[float |
     return drawn / draws, ceil(steps * draws / drawn)
 
 
-def cache_of(config: RunConfig, survey: Any) -> CacheStatus:
-    """What the cache has of the data and of the objective's own texts."""
+def cache_of(config: RunConfig, survey: Any) -> CacheStatus | None:
+    """What the cache has of the data and of the objective's own texts. Documents have none: they may be private."""
+    if config.family.medium == "documents":
+        return None
     identity = config.family.identity()
     if config.family.medium == "text":
         return config.data.store(survey, identity).status()

@@ -1,4 +1,4 @@
-"""The largest questions that a run asks its network: clips of a bucket, or rows of tokens."""
+"""The largest questions that a run asks its network: clips of a bucket, rows of tokens, or documents."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,17 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weft.contracts import Batch, Denoise, Model, Phase, Rng, Tokens, as_video
+from weft.contracts import Batch, Denoise, Documents, Model, Phase, Rng, Tokens, as_encoder, as_video
 from weft.data.buckets import Bucket
 from weft.run.config import RunConfig
 
 OF_TEXT = ("text", "text_mask", "pooled")  # conditions that come of a text, as a family calls them
-MOST = {"first_frame": 1.0, "strata": 1}  # of an objective: the dearest question every time, and plain draws of times
+# Of an objective: the dearest question every time, plain draws of times, and no ordinary steps before the dear ones.
+MOST = {"first_frame": 1.0, "strata": 1, "warm_up_steps": 0}
 
 
 @dataclass(frozen=True, order=True)
 class Row:
-    """A row of text, the shape in which a language model is asked."""
+    """A row of text or a document, the shape in which a language model or an encoder is asked."""
 
     tokens: int
 
@@ -33,14 +34,14 @@ def shapes_of(config: RunConfig, survey: Any) -> dict[Shape, int]:
     are as long as the longest text in a batch, which in a stream may be data.length."""
     if config.family.medium == "video":
         return survey.buckets()
-    longest = config.data.length if survey.streamed else survey.longest
+    longest = config.data.length if survey.streamed else survey.longest  # of documents as they are read
     length = survey.capacity or longest
     return {Row(length): survey.rows} if length else {}
 
 
 def shape_at(config: RunConfig, shape: Sequence[int]) -> Shape:
     """The shape whose tensor is at hand: latents (B, C, f, h, w), or ids (B, L)."""
-    if config.family.medium == "text":
+    if config.family.medium != "video":
         return Row(shape[1])
     geometry, (_, _, f, h, w) = as_video(config.family).geometry(), shape
     frames, height, width = (f - 1) * geometry.time_stride + 1, h * geometry.space_stride, w * geometry.space_stride
@@ -50,12 +51,16 @@ def shape_at(config: RunConfig, shape: Sequence[int]) -> Shape:
 def asked(config: RunConfig, shape: Shape, model: Model, own: torch.Generator) -> Callable[[Phase, int], Tensor]:
     """What makes the loss of a phase's n-th step. An objective of one part asks one question; one of several is asked
     for its own loss, with all that it looks at on the way. own: the chance of its noise and times."""
-    if not config.objective.parts:
+    documents = config.family.medium == "documents"  # of which a learner may ask many questions for one loss
+    if not (config.objective.parts or documents):
         one = question(config, shape)
         return lambda phase, done: answered(model, one)
-    assert isinstance(shape, Bucket), "objectives of several parts are for videos"
     objective, items = dearest(config.objective), config.data.batch_size
-    batch, state = told(config, torch.randn(items, *latents_of(config, shape)), "clip"), objective.init(model)
+    if isinstance(shape, Row):
+        batch = documents_of(config, shape.tokens)
+    else:
+        batch = told(config, torch.randn(items, *latents_of(config, shape)), "clip")
+    state = objective.init(model)
 
     def loss(phase: Phase, done: int) -> Tensor:
         rng = Rng(own, torch.Generator(), config.seed, done * config.schedule.accumulate, done)
@@ -73,12 +78,13 @@ def dearest(objective: Any) -> Any:
 def phases_of(config: RunConfig) -> tuple[Phase, ...]:
     """The phases of the first expert, each once, as the run comes to them; others are like them."""
     experts = config.family.experts
-    roles, found = config.objective.roles(experts[:1]), dict[str, Phase]()
+    objective = dearest(config.objective)
+    roles, found = objective.roles(experts[:1]), dict[str, Phase]()
     for step in range(config.schedule.steps):
-        for phase in config.objective.phases(step, experts):
+        for phase in objective.phases(step, experts):
             if phase.role in roles:
                 found.setdefault(phase.name, phase)
-        if len(found) == len(roles):
+        if len(found) == len(roles) and config.family.medium != "documents":  # whose one role may begin by a warm-up
             break
     return tuple(found.values())
 
@@ -104,9 +110,28 @@ def told(config: RunConfig, latents: Tensor, key: str) -> Batch:
     return Batch(tensors, tuple(f"{key}.{i}" for i in range(items)))
 
 
-def question(config: RunConfig, shape: Shape) -> Denoise | Tokens:
+def documents_of(config: RunConfig, tokens: int) -> Batch:
+    """A micro-batch of documents of so many tokens, with as many that are replayed as there may be."""
+    classes = len(as_encoder(config.family).labels)
+
+    def rows(items: int) -> dict[str, Tensor]:
+        labels = torch.zeros(items, classes) if config.family.multi_label else torch.zeros(items, dtype=torch.long)
+        ids = torch.zeros(items, tokens, dtype=torch.long)
+        return {"ids": ids, "mask": torch.ones(items, tokens, dtype=torch.bool), "labels": labels}
+
+    items, replay = config.data.batch_size, config.data.replay
+    replayed = rows(replay.batch) if replay is not None else {}
+    beside = {f"replay/{name}": tensor for name, tensor in replayed.items()}
+    tensors = {**rows(items), "fresh": torch.ones(items, dtype=torch.bool), **beside}
+    return Batch(tensors, tuple(f"document.{i}" for i in range(items)))
+
+
+def question(config: RunConfig, shape: Shape) -> Denoise | Tokens | Documents:
     """One micro-batch of a shape, in all that a family may be told; of text with every token learned."""
     items = config.data.batch_size
+    if config.family.medium == "documents":
+        batch = documents_of(config, shape.tokens)
+        return Documents(batch["ids"], batch["mask"])
     if isinstance(shape, Row):
         ids = torch.zeros(items, shape.tokens, dtype=torch.long)
         return Tokens(ids, torch.arange(shape.tokens).repeat(items, 1), ids.clone())
@@ -116,8 +141,10 @@ def question(config: RunConfig, shape: Shape) -> Denoise | Tokens:
     return Denoise(torch.randn(items, *latents), torch.rand(items), conditions, given, expert)
 
 
-def answered(model: Model, asked: Denoise | Tokens) -> Tensor:
+def answered(model: Model, asked: Denoise | Tokens | Documents) -> Tensor:
     """A number that a backward pass can begin with."""
+    if isinstance(asked, Documents):
+        return model.logits(asked).sum()
     if isinstance(asked, Tokens):
         return model.losses(asked).sum()
     return model.velocity(asked).float().square().sum()

@@ -15,14 +15,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from weft.adapters.attach import attach
 from weft.adapters.named import NamedAdapters
 from weft.contracts import Adapters, Denoise, Model, ModelFamily, Phase
+from weft.engines.compiling import Compiler, Region
 from weft.engines.residency import Residence
 from weft.engines.single_device import SingleEngine
 from weft.run.assemble import standings as standing_on
 from weft.run.config import RunConfig
+from weft.run.partitions import Accounts
 from weft.run.questions import Shape, asked, phases_of
 from weft.run.stand_ins import OneOfSequence, attend_without_masks, by_flash, rehearsable
 
 PLAIN = Residence()
+
+
+class Traced:
+    """Blocks that are compiled in rehearsals, and the accounts of what they keep."""
+
+    def __init__(self) -> None:
+        self.accounts = Accounts()
+        self.region = Region(Compiler(budget=1.0, backend=self.accounts))
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,7 @@ class Stage:
     """How a rehearsal computes. weights: the dtype in which frozen weights are kept, or to which they are decoded.
 
     depths: blocks that are left of each list of blocks; empty: all. sequence: ranks that part the tokens, of which this
-    is one.
+    is one. compiled: where blocks are; one region for all rehearsals of a shape, so that each block is traced once.
     """
 
     weights: torch.dtype
@@ -50,6 +60,7 @@ class Stage:
     residence: Residence = PLAIN
     depths: tuple[int, ...] = ()
     sequence: int = 1
+    compiled: "Traced | None" = None
 
 
 @contextmanager
@@ -77,6 +88,9 @@ def rehearsed(config: RunConfig, shape: Shape, stage: Stage) -> Iterator[Rehears
     with FakeTensorMode(allow_non_fake_inputs=True), host:
         let_be_fake(network)
         engine = SingleEngine(torch.device("cpu"), stage.precision, stage.residence)
+        if stage.compiled is not None:  # before what recomputes, as in `place`
+            for block in family.blocks(network):
+                stage.compiled.region.compile(block)
         engine.place(network, tuple(family.blocks(network))).train()
         known = Known()
         ask = asked(config, shape, AskedOnce(network, family, adapters=adapters, known=known), own)
@@ -133,6 +147,10 @@ class HostChance(TorchDispatchMode):
         super().__init__()
         self._own = own
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is DEVICE:
             return device_of(args[0])
@@ -174,6 +192,11 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
         self._known: set[int] = set()
         self._ignoring = False
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Blocks may be compiled meanwhile: what they do is counted, and not what the compiler does."""
+        return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is DEVICE:

@@ -1,31 +1,46 @@
 """The ways to need less device memory, the cheapest first, each with what it changes and what it costs."""
 
+import os
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from weft.data.buckets import Bucket
 from weft.engines.parallel import Layout
 from weft.engines.residency import RING, together
 from weft.families.causal_lm import CausalLM
+from weft.run.blocks import BUDGETS, ROOM
 from weft.run.config import RunConfig
-from weft.run.estimate import Card, Estimate, activations, composed, precision_of
+from weft.run.estimate import (
+    Card,
+    Estimate,
+    Rehearsals,
+    budget_of,
+    composed,
+    more_at,
+    most_at,
+    precision_of,
+    rehearsals,
+)
 from weft.run.questions import Row, Shape
 from weft.run.shares import ALONE, divided
 
+CGROUP = Path("/sys/fs/cgroup/memory.max")  # a container's own limit, on Linux
 SHORTEST = 128  # tokens of the shortest rows that are offered
 
 
 @dataclass(frozen=True)
 class Step:
     """A change of a config and its price. shape and layout: the largest that is then left, and that of the processes,
-    where they change."""
+    where they change. opens: further steps need it, even where it saves nothing by itself."""
 
     name: str
     changes: Mapping[str, Any]
     cost: str
     shape: Shape | None = None
     layout: Layout | None = None
+    opens: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,20 +56,30 @@ class Need:
     card: Card
     trained: Mapping[str, int]
     estimate: Estimate
-    rehearsed: dict[Hashable, int]
+    rehearsed: dict[Hashable, dict[str, Rehearsals]]
     layout: Layout = ALONE
     spare: int = 1
 
     def of(self, config: RunConfig, shape: Shape, layout: Layout | None = None) -> "Need":
         """The need of another config, with the same adapters, of another shape, or another layout."""
-        engine, precision, family = config.engine, precision_of(config), config.family
         layout = layout or self.layout
-        key = (shape, config.data.batch_size, engine.recompute, engine.offload_inputs, precision, layout.sequence,
-               family.weight_dtype(precision), family.model_dump_json(exclude={"dtype"}))  # fmt: skip
-        if key not in self.rehearsed:
-            self.rehearsed[key] = activations(config, shape, layout.sequence)
-        total = composed(config, self.rehearsed[key], self.trained, self.card, layout)
+        most = most_at(self.found(config, shape, layout), budget_of(config))
+        total = composed(config, most, self.trained, self.card, layout)
         return replace(self, config=config, shape=shape, estimate=total, layout=layout)
+
+    def found(
+        self, config: RunConfig, shape: Shape | None = None, layout: Layout | None = None
+    ) -> Mapping[str, Rehearsals]:
+        """The rehearsals of a config, each made once."""
+        engine, precision, family = config.engine, precision_of(config), config.family
+        shape, sequence = shape or self.shape, (layout or self.layout).sequence
+        # Whatever the memory budget, one rehearsal of compiled blocks tells what they keep under it.
+        key = (shape, config.data.batch_size, engine.recompute, engine.offload_inputs, engine.offload_activations,
+               engine.compile is True, precision, sequence, family.weight_dtype(precision),
+               family.model_dump_json(exclude={"dtype"}))  # fmt: skip
+        if key not in self.rehearsed:
+            self.rehearsed[key] = rehearsals(config, shape, sequence)
+        return self.rehearsed[key]
 
 
 # A step from what is needed now toward a limit in bytes; None where it does not apply.
@@ -68,10 +93,85 @@ def cached(need: Need, limit: int) -> Step | None:
     return Step("cache", {"data.cache": "disk"}, cost)
 
 
-def recomputed(need: Need, limit: int) -> Step | None:
-    if need.config.engine.recompute:
+def budgeted(need: Need, limit: int) -> Step | None:
+    """The largest memory budget of compiled blocks that suffices; none where less than that is needed."""
+    engine = need.config.engine
+    if engine.kind != "torch" or engine.recompute or need.layout.sequence > 1 or not need.card.gpu:
         return None
-    return Step("recompute", {"engine.recompute": True}, "each block runs forward twice; the same gradients")
+    if too_much_without_activations(need, limit) or "functional" in need.config.objective.needs:
+        return None
+    for budget in BUDGETS:
+        changes = {"engine.compile": True, "engine.activation_budget": budget}
+        changed = changed_engine(need.config, compile=True, activation_budget=budget)
+        if need.of(changed, need.shape).estimate.total <= limit:
+            more = more_at(need.found(changed), budget)
+            cost = f"a minute or more to compile; {more:.0%} more multiplications; gradients equal to rounding"
+            return Step("budget", changes, cost)
+    return None
+
+
+def selected(need: Need, limit: int) -> Step | None:
+    """Where it suffices."""
+    engine = need.config.engine
+    if engine.kind != "torch" or engine.recompute or engine.compile is True:
+        return None
+    if too_much_without_activations(need, limit):
+        return None
+    changed = changed_engine(need.config, recompute="selective")
+    if need.of(changed, need.shape).estimate.total > limit:
+        return None
+    cost = "each block runs forward twice but for its attention; the same gradients"
+    return Step("selective", {"engine.recompute": "selective"}, cost)
+
+
+def sent_away(need: Need, limit: int) -> Step | None:
+    """Where it suffices, and the host has the memory that it takes."""
+    engine = need.config.engine
+    if engine.kind != "torch" or engine.recompute or engine.offload_activations or not need.card.gpu:
+        return None
+    if need.layout.shard > 1 or too_much_without_activations(need, limit):
+        return None
+    after = need.of(changed_engine(need.config, offload_activations=True), need.shape).estimate
+    room = host_memory()
+    if after.total > limit or (room is not None and after.host > ROOM * room):
+        return None
+    cost = (
+        f"{after.host / 2**30:.1f} GiB of host memory, copied beside the computation: free where a block computes "
+        "longer than its share is copied, as of long videos; nothing is computed twice"
+    )
+    return Step("offload_activations", {"engine.offload_activations": True}, cost)
+
+
+def host_memory() -> int | None:
+    """Bytes of the machine's own memory or of the container's share; None where the system does not tell."""
+    if os.name != "posix":
+        return None
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = CGROUP.read_text().strip() if CGROUP.is_file() else "max"
+    return min(machine, int(limit)) if limit.isdigit() else machine
+
+
+def recomputed(need: Need, limit: int) -> Step | None:
+    engine = need.config.engine
+    if engine.recompute is True:
+        return None
+    changes: dict[str, Any] = {"engine.recompute": True}
+    if isinstance(engine.activation_budget, float):
+        changes["engine.activation_budget"] = None  # a number is for blocks that are not recomputed
+    if engine.kind == "torch" and engine.offload_activations:
+        changes |= {"engine.offload_activations": False, "engine.offload_inputs": True}
+    cost = "each block runs forward twice; the same gradients"
+    return Step("recompute", changes, cost, opens=engine.compile is True)
+
+
+def too_much_without_activations(need: Need, limit: int) -> bool:
+    """Whether what is there all the time is more than there is room for."""
+    return need.estimate.total - need.estimate.activations > limit
+
+
+def changed_engine(config: RunConfig, **values: Any) -> RunConfig:
+    """The config with other values of the engine's, which go together."""
+    return config.model_copy(update={"engine": config.engine.model_copy(update=values)})
 
 
 def offloaded(need: Need, limit: int) -> Step | None:
@@ -113,18 +213,19 @@ def smallest_weights(need: Need, limit: int) -> Step | None:
 
 
 def sharded(need: Need, limit: int) -> Step | None:
-    """The fewest processes, of as many as there are GPUs, that bring the need below the limit, or else all."""
+    """The fewest processes, of as many as there are GPUs, that bring the need below the limit, or else all. What an
+    earlier rung has sent to host memory comes back: it does not go with weights that are spread."""
     layout, engine = need.layout, need.config.engine
     if engine.kind != "torch" or need.spare <= max(1, layout.world):
         return None
     cost = "needs {} processes (weft train --gpus {}); weights are sent for at each block"
+    back = {name: False for name in ("offload_inputs", "offload_activations") if getattr(engine, name)}
+    config = need.config.model_copy(update={"engine": engine.model_copy(update=back)})
     for shard in range(layout.shard + 1, need.spare // layout.sequence + 1):
         wider = Layout(1, shard, layout.sequence)
-        if (
-            need.of(need.config, need.shape, wider).estimate.total <= limit
-            or wider.world + layout.sequence > need.spare
-        ):
-            changes = {"parallel.data": 1, "parallel.shard": shard}
+        if need.of(config, need.shape, wider).estimate.total <= limit or wider.world + layout.sequence > need.spare:
+            returned = {f"engine.{name}": value for name, value in back.items()}
+            changes = {"parallel.data": 1, "parallel.shard": shard, **returned}
             return Step("shard", changes, cost.format(wider.world, wider.world), layout=wider)
     return None
 
@@ -143,7 +244,7 @@ def one_expert(need: Need, limit: int) -> Step | None:
 
 
 def streaming(need: Need, limit: int) -> Step | None:
-    """As few blocks as bring the need below the limit, or else all but one."""
+    """As few blocks as bring the need below the limit, or else all."""
     config = need.config
     if not need.card.gpu or need.layout.shard > 1 or config.engine.kind != "torch":
         return None
@@ -151,12 +252,12 @@ def streaming(need: Need, limit: int) -> Step | None:
     blocks, already = sum(block is not None for block in by_block), residence.stream_blocks
     experts, memory = len(config.family.experts), need.card.memory
     spared = need.estimate.total - limit
-    for count in range(max(already, RING) + 1, blocks):
+    for count in range(max(already, RING) + 1, blocks + 1):
         device, _ = divided(by_block, replace(residence, stream_blocks=count), experts, memory)
         if need.estimate.weights - device >= spared:
             break
     else:
-        count = blocks - 1
+        count = blocks
     if count <= already:
         return None
     cost = "host memory for them, copied ahead of each use: free while a block computes longer than it is copied"
@@ -207,6 +308,6 @@ def shorter_rows(need: Need, row: Row, limit: int) -> Step | None:
 
 
 MAKERS: tuple[Maker, ...] = (
-    cached, chunked_losses, recomputed, offloaded, smaller_moments, sharded, smaller_weights, smallest_weights,
-    one_expert, streaming, smaller_batch, smaller_shape,
+    cached, chunked_losses, budgeted, selected, sent_away, recomputed, offloaded, smaller_moments, sharded,
+    smaller_weights, smallest_weights, one_expert, streaming, smaller_batch, smaller_shape,
 )  # fmt: skip

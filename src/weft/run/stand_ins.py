@@ -12,6 +12,7 @@ from weft.contracts import ModelFamily
 from weft.engines.ring import Ring
 from weft.engines.sequence import Ulysses
 from weft.families.causal_lm import CausalLM
+from weft.families.text_packed import PACKED
 from weft.math.attention import Attention
 
 MASKLESS = "weft_without_masks"
@@ -37,7 +38,7 @@ def by_flash(family: ModelFamily) -> bool:
 def attend_without_masks(network: nn.Module) -> None:
     """Let a network attend by torch's sdpa as if each row were one conversation, which takes no mask."""
     assert isinstance(network, PreTrainedModel)
-    if network.config._attn_implementation == "sdpa":
+    if network.config._attn_implementation in ("sdpa", PACKED):
         AttentionInterface.register(MASKLESS, AttentionInterface()["sdpa"])
         AttentionMaskInterface.register(MASKLESS, lambda *args, **options: None)
         network.config._attn_implementation = MASKLESS

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,16 @@ from weft.engines.peers import LOST_PEER, lost_peer
 from weft.errors import ConfigError, RunError
 from weft.events import Listener, Notice, PhaseStarted, RunEnded, RunStarted, tell_all
 from weft.run.assemble import assemble, count_parameters, free_memory, start_from
+from weft.run.attention import Used, attending
+from weft.run.blocks import compile_as_chosen
 from weft.run.checkpoint import restore_learner
 from weft.run.checkpoint_folders import find_checkpoint, set_aside_after
 from weft.run.checkpoint_tree import seed_chance
 from weft.run.checks import check, items_per_step, settled
 from weft.run.config import RunConfig
 from weft.run.control import Control, changed_rates
-from weft.run.evaluate import Evaluator
+from weft.run.evaluate import Evaluator, so_far
+from weft.run.float8_error import FirstBatch
 from weft.run.folder import claim, environment, is_disk_full, remove_leftovers, write_json
 from weft.run.gpu_log import open_gpu_log, remove_dead
 from weft.run.heartbeat import Heartbeat, remove_stale
@@ -32,9 +36,12 @@ from weft.run.listeners import EventLog
 from weft.run.media import opened
 from weft.run.milestones import Keeper
 from weft.run.provenance import provenance
+from weft.run.questions import shapes_of
 from weft.run.ranks import decided
+from weft.run.recording import graphs_of
 from weft.run.resuming import resumed_state
 from weft.run.run_log import RunLog
+from weft.run.scoring import Scorer
 from weft.run.shortage import explained, naming
 from weft.run.trackers import trackers
 from weft.run.train import Course, train
@@ -80,7 +87,8 @@ def train_run(
                 run.tell(Notice(text=sentence))
             for name in decided(engine, lambda: aside(config.folder, checkpoint)):
                 run.tell(Notice(text=f"{name}: a checkpoint beyond the start of this run, set aside"))
-            with explained(config):
+            with explained(config), attending(config.family, engine.device) as policy:
+                compile_as_chosen(config, shapes_of(config, survey), engine, run.tell)
                 learner, keeper, stream = prepare(config, survey, inputs, engine, run.tell)
                 run.learner, run.keeper = learner, keeper
                 sign_at_questions(learner, run.beat)
@@ -98,9 +106,11 @@ def train_run(
                 keeper.before_start(learner)
                 run.tell(PhaseStarted(phase="training", total=config.schedule.steps))
                 rates = {name: config.rate_of(name) for name in learner.optimizers}
+                graphs = graphs_of(config, survey, engine, run.tell)
                 course = Course(
-                    config.schedule, keeper, run.tell, stop, control, rates=rates, sign=run.beat.micro_batch
-                )
+                    config.schedule, keeper, run.tell, stop, control, rates=rates, sign=run.beat.micro_batch,
+                    graphs=graphs, before=FirstBatch(config.family, run.tell), noted=Used(run.tell, policy).note,
+                )  # fmt: skip
                 finished = train(learner, stream, course)
                 control.end(learner)
                 result = conclude(learner, keeper, finished, control.ended)
@@ -183,6 +193,8 @@ def aside(run: Path, checkpoint: Path | None) -> list[str]:
 
 def fill_cache(config: RunConfig, survey: Any, tell: Listener) -> CacheStatus:
     """Encode what the disk cache lacks, and say what it holds then. Raises ConfigError for a cache of another kind."""
+    if config.family.medium == "documents":
+        raise ConfigError("weft cache: documents may be private, so their tokens stay in memory. Run weft train.")
     if config.data.cache != "disk":
         raise ConfigError(f"data.cache: '{config.data.cache}' keeps nothing for later. Write data.cache=disk.")
     engine = config.engine.open()
@@ -191,6 +203,7 @@ def fill_cache(config: RunConfig, survey: Any, tell: Listener) -> CacheStatus:
     store = config.data.store(survey, config.family.identity(), config.objective.texts)
     with explained(config), naming("caching", engine.device):
         filled = store.fill(lambda: config.family.encoders(engine.device, engine.carry), tell)
+    store.pack(tell)
     if filled.damaged:
         tell(Notice(text=f"{filled.damaged} cache entries were damaged and have been encoded anew"))
     survey.without(filled.failed).refuse_when_unusable(config.data.unreadable)
@@ -212,12 +225,25 @@ def prepare(
 ) -> tuple[Learner, Keeper, Sequence[Any]]:
     """Cached data, an assembled learner, and what happens between its steps."""
     tell(PhaseStarted(phase="starting"))
+    dataset: Any
     dataset, showing = opened(config, survey, inputs, engine, tell)
     engine.barrier()  # until the last rank has encoded its part
     free_memory()
     learner = assemble(config, engine)
-    learner.stream = [dataset.train]
-    evaluator = None
+    learner.stream = dataset.stream
+    facts = provenance(config, survey, inputs, engine)
+    if config.family.medium == "documents":
+        scorer = Scorer(dataset.tests, dataset.validations, config.folder, tell)
+        evaluator = Evaluator([], 0, config.validation.seed, among=partial(so_far, dataset.validations))
+        measured = any(dataset.validations.values()) and config.validation.every > 0
+        keeper = Keeper(config, inputs, facts, tell, showing, evaluator if measured else None, scorer)
+        return learner, keeper, learner.stream
+    keeper = Keeper(config, inputs, facts, tell, showing, evaluator_of(config, survey, dataset, tell))
+    return learner, keeper, learner.stream
+
+
+def evaluator_of(config: RunConfig, survey: Any, dataset: Any, tell: Listener) -> Evaluator | None:
+    """What measures the held-out items, where there are any and it is to."""
     measured = isinstance(config.objective, Validated)
     if survey.validation and config.validation.every and not measured:
         tell(
@@ -227,10 +253,8 @@ def prepare(
         batches, failed = dataset.validation()
         for item in failed:
             tell(Notice(text=f"validation: {item.key} cannot be measured: {item.reason}"))
-        evaluator = Evaluator(batches, len(failed), config.validation.seed)
-    facts = provenance(config, survey, inputs, engine)
-    keeper = Keeper(config, inputs, facts, tell, showing, evaluator)
-    return learner, keeper, learner.stream
+        return Evaluator(batches, len(failed), config.validation.seed)
+    return None
 
 
 def sign_at_questions(learner: Learner, beat: Heartbeat) -> None:
@@ -247,6 +271,8 @@ def conclude(learner: Learner, keeper: Keeper, finished: bool, commanded: bool) 
     if not finished:
         return Result(keeper.run, learner.step, False, None, commanded=commanded)
     folders = keeper.saver.export_final(learner)
+    if keeper.scorer is not None:
+        keeper.scorer.conclude(learner, keeper.config.schedule.accumulate * learner.engine.data_world)
     keeper.sample(learner)
     last = keeper.last
     return Result(

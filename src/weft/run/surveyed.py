@@ -15,4 +15,8 @@ def surveyed(config: RunConfig, tell: Listener = unheard) -> Any:
     family = config.family
     if family.medium == "text":
         return config.data.survey(family, tell)
+    if family.medium == "documents":
+        if not family.labels and (trained := family.trained_labels):  # whose order the data's labels then follow
+            family = type(family).model_validate({**family.model_dump(), "labels": trained})
+        return config.data.survey(family, tell, reserved=config.adapter.virtual_tokens)
     return config.data.survey(family.geometry())

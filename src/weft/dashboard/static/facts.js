@@ -235,7 +235,7 @@ function drawFacts(facts, run, now) {
   facts.validation.set(
     learned.value,
     learned.note,
-    run.validation ? `Base model (adapter off): ${number(run.validation.baseline)}` : "",
+    run.validation?.baseline != null ? `Base model (adapter off): ${number(run.validation.baseline)}` : "",
   );
   facts.validation.element.dataset.good =
     learned.share === null ? "" : learned.share < -0.0005 ? "yes" : learned.share > 0.0005 ? "no" : "";

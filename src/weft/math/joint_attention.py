@@ -1,0 +1,232 @@
+"""Joint attention of streams of tokens whose queries and keys are RMS-normed head by head and turned by their places.
+
+Kept are q, k and v as linear layers gave them, the answer, and three numbers a token and head; normed and turned
+queries and keys are made again in the backward pass. Letters: B items, n tokens of a stream, T of all, L the last of
+them that a mask may hide, H heads, D width of a head, d = H D. Gradients of the norm: with i = 1 / sqrt(mean x^2 + eps)
+over D and y = w x i, dx = i (w dy - x i (y . dy) / D); a turn leaves y . dy as it is.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from weft.math.attention import joined, partial_attention, partial_gradients
+from weft.math.normed_attention import Heads, rms_normed
+from weft.math.rotary import swapped, turned
+from weft.math.sdpa import Answer, Gradients, Kernel
+from weft.math.traced import must_be_followed
+
+FIELDS = 6
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Queries, keys and values (B, n, d) before their norm; weights (D,) of the norms of queries and keys; turn: cos
+    and sin (2, n, 1, D) fp32, as `rotary.turned` takes them, None for tokens without a place."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    of_q: Tensor
+    of_k: Tensor
+    turn: Tensor | None
+
+    @property
+    def fields(self) -> tuple[Tensor | None, ...]:
+        return self.q, self.k, self.v, self.of_q, self.of_k, self.turn
+
+
+def joint_attention(streams: Sequence[Stream], heads: Heads, mask: Tensor | None = None) -> tuple[Tensor, ...]:
+    """(B, n, d) of each stream, whose tokens attend to those of all. mask (B, 1, 1, L) bool: which of the last L tokens
+    are seen, True where they are; None: all."""
+    known, first = None, streams[0]
+    if not torch.compiler.is_compiling():
+        known = heads.chosen(*(heads.split(x).transpose(1, 2) for x in (first.q, first.k, first.v)))
+    fixed = [tensor for each in streams for tensor in (each.of_q, each.of_k, each.turn)]
+    if known is None or must_be_followed(*fixed):
+        return _followed(streams, heads, mask)
+    kernel = known if mask is None else Ragged(known, mask)
+    with torch.autocast(first.q.device.type, enabled=False):
+        fields = (tensor for each in streams for tensor in each.fields)
+        return _JointAttention.apply(heads, kernel, *fields)  # type: ignore[return-value]  # apply has no types
+
+
+def whole_mask(mask: Tensor, tokens: int) -> Tensor:
+    """(B, 1, 1, T) of a mask of the last L tokens."""
+    return pad(mask, (tokens - mask.shape[-1], 0), value=True)
+
+
+class Ragged:
+    """A kernel whose last L keys a mask (B, 1, 1, L) hides: it runs over the others without one, and the two answers
+    are joined, which is exact. Each item must see a key."""
+
+    name = "ragged"
+
+    def __init__(self, kernel: Kernel, mask: Tensor) -> None:
+        self.kernel, self.mask = kernel, mask
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Answer:
+        (all_k, some_k), (all_v, some_v) = self._parts(k), self._parts(v)
+        out, sums, _ = self.kernel.forward(q, all_k, all_v, scale)
+        some = partial_attention(q, some_k, some_v, self._rows(q), scale)
+        out, sums = joined((out.to(some[0].dtype), sums), some)
+        return _as_kernels_do(out.to(q.dtype)), sums, ()
+
+    def backward(
+        self, grad: Tensor, asked: Gradients, out: Tensor, logsumexp: Tensor, scale: float,
+        extras: tuple[Tensor, ...] = (),
+    ) -> Gradients:  # fmt: skip
+        q, k, v = asked
+        (all_k, some_k), (all_v, some_v) = self._parts(k), self._parts(v)
+        ours = self.kernel.backward(grad, (q, all_k, all_v), out, logsumexp, scale)
+        theirs = partial_gradients(grad, out, logsumexp, q, some_k, some_v, self._rows(q), scale)
+        dq = (theirs[0] + ours[0]).to(q.dtype)
+        dk, dv = (torch.cat([one, other.to(one.dtype)], 2) for one, other in zip(ours[1:], theirs[1:], strict=True))
+        return dq, dk, dv
+
+    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.mask.shape[-1]
+        return x[:, :, : x.shape[2] - hidden], x[:, :, x.shape[2] - hidden :]
+
+    def _rows(self, q: Tensor) -> Tensor:
+        return self.mask.expand(-1, -1, q.shape[2], -1)
+
+
+def _as_kernels_do(out: Tensor) -> Tensor:
+    """(B, H, T, D) that lies as (B, T, H, D)."""
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+# ---- As autograd and compilers follow it ----
+
+
+def _followed(streams: Sequence[Stream], heads: Heads, mask: Tensor | None) -> tuple[Tensor, ...]:
+    q = _laid([_followed_ready(each.q, each.of_q, each.turn, heads) for each in streams])
+    k = _laid([_followed_ready(each.k, each.of_k, each.turn, heads) for each in streams])
+    v = _laid([heads.split(each.v) for each in streams])
+    if heads.attend is not None:
+        out = heads.attend(q, k, v)
+    else:
+        seen = None if mask is None else whole_mask(mask, k.shape[1])
+        out = scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=seen).transpose(1, 2)
+    return out.flatten(2).to(q.dtype).split([each.q.shape[1] for each in streams], 1)
+
+
+def _followed_ready(x: Tensor, weight: Tensor, turn: Tensor | None, heads: Heads) -> Tensor:
+    normed = rms_normed(heads.split(x), weight, heads.eps)
+    return normed if turn is None else turned(normed, turn[0], turn[1]).to(x.dtype)
+
+
+def _laid(parts: Sequence[Tensor]) -> Tensor:
+    """Streams (B, n, ...) end to end."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
+
+
+# ---- With gradients of our own ----
+
+
+class _JointAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, heads: Heads, kernel: Kernel, *flat: Any) -> tuple[Tensor, ...]:
+        streams = _streams(flat)
+        inverses = [_inverses(each, heads) for each in streams]
+        asked, keys = _ready(streams, inverses, heads)
+        v = _laid([each.v for each in streams])
+        values = heads.split(v).transpose(1, 2)
+        out, sums, extras = kernel.forward(asked.transpose(1, 2), keys.transpose(1, 2), values, _scale(asked))
+        answer = out.transpose(1, 2).flatten(2)
+        ctx.heads, ctx.kernel, ctx.count = heads, kernel, len(streams)
+        kept = [tensor for each in streams for tensor in (each.q, each.k, None, each.of_q, each.of_k, each.turn)]
+        ctx.save_for_backward(*kept, *inverses, v, answer, sums, *extras)
+        return (answer,) if len(streams) == 1 else answer.split([each.q.shape[1] for each in streams], 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        heads, kernel, count = ctx.heads, ctx.kernel, ctx.count
+        saved = ctx.saved_tensors  # asked for once: recomputation gives them once
+        streams, rest = _streams(saved[: FIELDS * count]), saved[FIELDS * count :]
+        inverses, (v, answer, sums, *extras) = rest[:count], rest[count:]
+        ready = _ready(streams, inverses, heads)
+        above, values, out = (heads.split(x).transpose(1, 2) for x in (_laid(grads), v, answer))
+        asked = (*(x.transpose(1, 2) for x in ready), values)
+        found = kernel.backward(above, asked, out, sums, _scale(ready[0]), tuple(extras))
+        dq, dk, dv = (x.transpose(1, 2) for x in found)  # (B, T, H, D)
+        answers, begin = list[Tensor | None](), 0
+        for each, inverse in zip(streams, inverses, strict=True):
+            here = slice(begin, begin + each.q.shape[1])
+            pairs = zip((dq, dk), (each.q, each.k), (each.of_q, each.of_k), inverse, ready, strict=True)
+            for g, x, weight, i, y in pairs:
+                answers.append(_through_norm(g[:, here], heads.split(x), i, y[:, here], (weight, each.turn)))
+            answers += [dv[:, here].flatten(2), None, None, None]
+            begin = here.stop
+        return None, None, *answers
+
+
+def _streams(flat: Sequence[Any]) -> list[Stream]:
+    return [Stream(*flat[i : i + FIELDS]) for i in range(0, len(flat), FIELDS)]
+
+
+def _scale(q: Tensor) -> float:
+    return 1 / sqrt(q.shape[-1])
+
+
+def _inverses(stream: Stream, heads: Heads) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) over each head of queries and of keys, (2, B, n, H, 1) fp32."""
+    q = heads.split(stream.q)
+    found = q.new_empty((2, *q.shape[:-1], 1), dtype=torch.float32)
+    for x, norm in zip((q, heads.split(stream.k)), found, strict=True):
+        torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32, out=norm)
+    width = q.shape[-1]
+    return found.hypot_(found.new_full((), sqrt(width * heads.eps))).reciprocal_().mul_(sqrt(width))
+
+
+def _ready(streams: Sequence[Stream], inverses: Sequence[Tensor], heads: Heads) -> tuple[Tensor, Tensor]:
+    """Queries and keys of all streams, normed and turned, (B, T, H, D) in their own dtype."""
+    first, tokens = streams[0].q, sum(each.q.shape[1] for each in streams)
+    asked, keys = (first.new_empty(len(first), tokens, heads.count, first.shape[-1] // heads.count) for _ in "qk")
+    begin = 0
+    for each, (of_q, of_k) in zip(streams, inverses, strict=True):
+        count = each.q.shape[1]
+        _write(heads.split(each.q), of_q, _tables(each.of_q, each.turn), asked.narrow(1, begin, count))
+        _write(heads.split(each.k), of_k, _tables(each.of_k, each.turn), keys.narrow(1, begin, count))
+        begin += count
+    return asked, keys
+
+
+def _tables(weight: Tensor, turn: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """w cos, and w' sin where w' is w with its pairs swapped: what turns w x. Without places w alone."""
+    wide = weight.float()
+    if turn is None:
+        return wide, None
+    cos, sin = turn.unbind()
+    return wide * cos, swapped(wide) * sin
+
+
+def _write(x: Tensor, inverse: Tensor, tables: tuple[Tensor, Tensor | None], out: Tensor) -> None:
+    """x (B, n, H, D), normed and turned, into its place."""
+    normed = torch.mul(x, inverse, out=torch.empty_like(x))
+    cos, sin = tables
+    if sin is None:
+        torch.mul(normed, cos, out=out)
+    else:
+        torch.addcmul(normed * cos, swapped(normed), sin, out=out)
+
+
+def _through_norm(g: Tensor, x: Tensor, inverse: Tensor, y: Tensor, of: tuple[Tensor, Tensor | None]) -> Tensor:
+    """dL/dx (B, n, d) of dL/dy = g (B, n, H, D). of: a norm's weight, and cos and sin."""
+    weight, turn = of
+    if turn is None:
+        wide = g * weight.float()
+    else:
+        cos, sin = turn.unbind()
+        wide = (g * cos).addcmul_(swapped(g), sin, value=-1).mul_(weight)
+    share = torch.sum(g * y, -1, keepdim=True, dtype=torch.float32).mul_(inverse).div_(x.shape[-1])
+    wide.addcmul_(x, share, value=-1)
+    return torch.mul(wide, inverse, out=torch.empty_like(x)).flatten(2)
