@@ -1,5 +1,6 @@
 """Real processes for tests: a function runs once on each rank, with the environment that a launcher gives."""
 
+import faulthandler
 import gc
 import multiprocessing
 import os
@@ -84,8 +85,10 @@ class Ranks:
         """How each rank ended, and the traces, the first one first."""
         ends = {rank: "still running" if process.is_alive() else f"exit code {process.exitcode}"
                 for rank, process in enumerate(self.processes)}  # fmt: skip
-        traces = sorted(self.folder.glob("*.trace"), key=lambda path: path.stat().st_mtime_ns)
-        told = "\n".join(f"---- rank {path.stem} ----\n{path.read_text('utf-8')}" for path in traces)
+        found = [path for path in self.folder.iterdir() if path.suffix in (".trace", ".fault") and path.stat().st_size]
+        found.sort(key=lambda path: path.stat().st_mtime_ns)
+        read = {path.stem: path.read_text("utf-8").partition("Extension modules:")[0] for path in found}
+        told = "\n".join(f"---- rank {rank} ----\n{trace}" for rank, trace in read.items())
         return f"{self.function.__qualname__} on {len(ends)} ranks, {self.timeout:.0f} s at most: {ends}\n{told}"
 
 
@@ -105,9 +108,10 @@ def free_port() -> int:
 
 
 def _run(environment: Mapping[str, str], stem: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """The life of one rank: its result in STEM.pt, or the trace in STEM.trace and exit code 1."""
+    """The life of one rank: its result in STEM.pt, or the trace in STEM.trace and exit code 1, or in STEM.fault."""
     os.environ.clear()
     os.environ.update(environment)
+    faulthandler.enable(open(f"{stem}.fault", "w"))  # noqa: SIM115 - it stays open until the rank ends
     gc.freeze()  # or the first collection would touch, and so copy, every object that was preloaded
     torch.set_num_threads(1)
     try:

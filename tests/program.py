@@ -1,6 +1,7 @@
 """`weft` as a process of its own that a test can signal: a fork of the server that has imported all it needs."""
 
 import contextlib
+import faulthandler
 import gc
 import multiprocessing
 import os
@@ -63,4 +64,5 @@ def _command(arguments: list[str], environment: Mapping[str, str], folder: str, 
     out = os.open(output, os.O_WRONLY | os.O_APPEND)
     for number in (1, 2):
         os.dup2(out, number)
+    faulthandler.enable()
     raise SystemExit(main(arguments))
