@@ -100,9 +100,10 @@ def rms_normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _followed_self_attention(
     q: Tensor, k: Tensor, v: Tensor, of_q: Tensor, of_k: Tensor, turn: Tensor, heads: Heads
 ) -> Tensor:
-    cos, sin = (turn / sqrt(q.shape[-1])).unbind()
+    (cos, sin), root = turn.unbind(), sqrt(q.shape[-1])
+    # Divided after the turn: tables of their own size in each block would be kept for its backward pass.
     asked, keys = (
-        turned(heads.split(rms_normed(x, weight, heads.eps)), cos, sin).to(x.dtype)
+        (turned(heads.split(rms_normed(x, weight, heads.eps)), cos, sin) / root).to(x.dtype)
         for x, weight in ((q, of_q), (k, of_k))
     )
     return _attended(asked, keys, heads.split(v), heads)

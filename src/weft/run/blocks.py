@@ -19,7 +19,7 @@ from weft.run.questions import Shape
 from weft.run.ranks import decided
 from weft.run.shares import ALONE
 
-BUDGETS = (1.0, 0.7, 0.5, 0.3, 0.1, 0.0)
+BUDGETS = (1.0, 0.7, 0.5, 0.4, 0.3, 0.1, 0.0)
 ROOM = 0.92  # of a device that a run may be planned to fill: allocators leave gaps
 # What compiling costs and gains, of a block with a LoRA on all linear layers: predictions from counted operators and
 # bytes, of which no GPU has been asked yet. Two graphs are compiled, each for the forward and the backward pass.
