@@ -2,10 +2,13 @@
 
     python benchmarks/data_path.py --json benchmarks/results/data-path-cpu.json
 
-Each clip has latents of 81 frames at 480x832 and a text; the files lie in the page cache. Times are processor time of
-the thread that reads, on one thread, the ways in turns; the figure is the best round, since whoever else works on the
-machine takes caches and memory from all of them, and the median stands beside it. Of a DataLoader with workers it is
-the processor time of all its processes.
+Each clip has latents of 81 frames at 480x832 and a text; the files lie in the page cache. All ways give the same
+tensors, in the dtypes in which they are kept; one way more is what a run on a CPU does, which widens them to fp32.
+Times are processor time of the thread that reads, on one thread, the ways in turns; the figure is the best round, since
+whoever else works on the machine takes caches and memory from all of them, and the median stands beside it. Of a
+DataLoader with workers it is the processor time of all its processes, which stay for all epochs.
+
+of_the_bytes: the share of a round's time that its bytes alone would have taken, in the median round.
 """
 
 import argparse
@@ -15,18 +18,18 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
+from multiprocessing import active_children
 from pathlib import Path
-from resource import RUSAGE_CHILDREN, getrusage
 from statistics import median
 from time import process_time, thread_time
 from typing import Any
 
-import numpy
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from weft.contracts import Batch
 from weft.data.buckets import Bucket
 from weft.data.cache import Keeping
 from weft.data.disk import LatentStore
@@ -34,13 +37,16 @@ from weft.data.encoding import captions_of
 from weft.data.entries import write_entry
 from weft.data.loader import Draws, VideoExperience
 from weft.data.survey import Clip
+from weft.engines.single_device import SingleEngine
 from weft.geometry import VideoGeometry
 from weft.run.bench_machine import processor
 
 LATENTS = (16, 21, 60, 104)
 WIDTH = 4096
-ROUNDS_OF_LOADERS = 5
+EPOCHS_OF_WORKERS = 6  # the first, which starts them, is not counted
 CLIPS = 24  # in the cache
+EPOCH = 96  # clips of a DataLoader with workers, so that its beginning and end weigh little
+BYTES = "bytes alone, unchecked"
 GEOMETRY = VideoGeometry(fps=16, space_stride=8, time_stride=4, patch=(1, 2, 2), latent_channels=16)
 IDENTITY = {"latents": "vae", "text": "t5"}
 
@@ -107,30 +113,34 @@ def experience(case: Case, store: LatentStore) -> VideoExperience:
     return VideoExperience("clips", 1, case.items.usable, store, Draws(batch_size=1, seed=0, caption_dropout=0.0))
 
 
-def loader_thread(case: Case, store: LatentStore) -> Iterator[object]:
+def loader_thread(case: Case, store: LatentStore) -> Iterator[Batch]:
     """What the loader's thread does, without the thread, so that its own time can be read."""
     train = experience(case, store)
     return train._drawn(train._sampler(), iter(range(1 << 40)))
 
 
-class Files(Dataset):
-    """The same single entries for a DataLoader."""
+def on_a_cpu(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same as the engine of a CPU hands it over: in fp32."""
+    return map(SingleEngine.open("cpu", "fp32").put, batches)
 
-    def __init__(self, case: Case) -> None:
-        self.case = case
+
+class Files(Dataset):
+    """The same single entries for a DataLoader. count: of an epoch."""
+
+    def __init__(self, case: Case, count: int) -> None:
+        self.case, self.count = case, count
 
     def __len__(self) -> int:
-        return len(self.case.files)
+        return self.count
 
     def __getitem__(self, number: int) -> Mapping[str, Tensor]:
-        latents, text = (load_file(path) for path in self.case.files[number])
+        latents, text = (load_file(path) for path in self.case.files[number % len(self.case.files)])
         return item_of({**latents, **text})
 
 
 def item_of(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """What the loader gives of one clip: latents and text in fp32, and the text's mask."""
-    mask = torch.ones(len(tensors["text"]), dtype=torch.bool)
-    return {"latents": tensors["latents"].float(), "text": tensors["text"].float(), "text_mask": mask}
+    """What the loader gives of one clip: its tensors as they are kept, and the text's mask."""
+    return {**tensors, "text_mask": torch.ones(1, dtype=torch.bool)}
 
 
 def by_safetensors(case: Case) -> Iterator[object]:
@@ -143,8 +153,8 @@ def by_safetensors(case: Case) -> Iterator[object]:
 
 def bytes_alone(case: Case) -> Iterator[object]:
     """What the machine can do at this moment: an entry's bytes out of the page cache, into memory that is there."""
-    sizes = [path.stat().st_size for path in case.files[0]]
-    room = [numpy.empty(size, numpy.uint8) for size in sizes]
+    # torch's memory begins at a cache line, as a slot does; where it does not, a read takes a tenth longer.
+    room = [torch.empty(path.stat().st_size, dtype=torch.uint8).numpy() for path in case.files[0]]
     while True:
         for paths in case.files:
             for path, own in zip(paths, room, strict=True):
@@ -173,32 +183,45 @@ def own_time(batches: Iterator[object]) -> Callable[[int], float]:
     return run
 
 
-def of_data_loader(case: Case, workers: int) -> Callable[[int], float]:
-    """Seconds of all processes of a DataLoader for an epoch, which is as many clips as there are."""
-    loader = DataLoader(Files(case), batch_size=1, shuffle=True, num_workers=workers)
-
-    def run(count: int) -> float:
-        began, theirs = process_time(), _of_children()
-        read = sum(1 for _ in loader)  # a whole epoch, of which the cost of so many is told
-        return (process_time() - began + _of_children() - theirs) * count / read
-
-    return run
+def in_this_process(case: Case) -> Iterator[object]:
+    """A DataLoader without workers, one epoch after the other."""
+    loader = DataLoader(Files(case, EPOCH), batch_size=1, shuffle=True)
+    while True:
+        yield from loader
 
 
-def _of_children() -> float:
-    usage = getrusage(RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+def by_workers(case: Case, workers: int) -> list[float]:
+    """Seconds a clip in each epoch of a DataLoader, of this process and its workers together."""
+    loader = DataLoader(Files(case, EPOCH), batch_size=1, shuffle=True, num_workers=workers, persistent_workers=True)
+    seconds = []
+    for _ in range(EPOCHS_OF_WORKERS):
+        known = {child.pid: _seconds_of(child.pid) for child in active_children()}
+        began = process_time()
+        read = sum(1 for _ in loader)
+        own = process_time() - began
+        theirs = sum(_seconds_of(child.pid) - known.get(child.pid, 0.0) for child in active_children())
+        seconds.append((own + theirs) / read)
+    return seconds[1:]
+
+
+def _seconds_of(process: int | None) -> float:
+    """Processor time of all threads of another process, as Linux counts it."""
+    threads = Path(f"/proc/{process}/task").glob("*/schedstat")
+    return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
 
 
 def ways(case: Case) -> dict[str, Callable[[int], float]]:
-    made = {
-        "weft, shards": own_time(loader_thread(case, case.sharded)),
-        "weft, single files": own_time(loader_thread(case, case.single)),
-        "bytes alone, unchecked": own_time(bytes_alone(case)),
-        "safetensors loop": own_time(by_safetensors(case)),
-        "torch.load": own_time(by_torch_load(case)),
+    """Each way in this thread: seconds for so many clips."""
+    made: dict[str, Iterator[object]] = {
+        "weft, shards": loader_thread(case, case.sharded),
+        "weft, single files": loader_thread(case, case.single),
+        "weft, shards, in fp32 on a CPU": on_a_cpu(loader_thread(case, case.sharded)),
+        BYTES: bytes_alone(case),
+        "safetensors loop": by_safetensors(case),
+        "torch.load": by_torch_load(case),
+        "DataLoader, 0 workers": in_this_process(case),
     }
-    return made | {f"DataLoader, {workers} workers": of_data_loader(case, workers) for workers in (0, 1, 2)}
+    return {name: own_time(batches) for name, batches in made.items()}
 
 
 def measured(case: Case, rounds: int, count: int) -> dict[str, dict[str, float]]:
@@ -208,11 +231,16 @@ def measured(case: Case, rounds: int, count: int) -> dict[str, dict[str, float]]
     names = list(runs)
     for number in range(rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            if "workers" in name and number >= ROUNDS_OF_LOADERS:  # an epoch each, with processes to start
-                continue
             seconds[name].append(runs[name](count) / count)
+    of_the_bytes = {
+        name: median(least / own for least, own in zip(seconds[BYTES], values, strict=True))
+        for name, values in seconds.items()
+    }
+    for workers in (1, 2):
+        seconds[f"DataLoader, {workers} workers"] = by_workers(case, workers)
     return {
         name: {"best": round(1 / min(values), 1), "median": round(1 / median(values), 1)}
+        | ({"of_the_bytes": round(of_the_bytes[name], 3)} if name in of_the_bytes else {})
         for name, values in seconds.items()
     }
 
@@ -235,7 +263,7 @@ def main() -> None:
         "processor": processor(),
         "threads": 1,
         "versions": {name: version(name) for name in ("weft", "torch", "safetensors", "numpy")},
-        "case": "latents 16x21x60x104, text N x 4096 in bf16, batches of one clip in fp32, page cache warm",
+        "case": "latents 16x21x60x104, text N x 4096 in bf16, batches of one clip as it is kept, page cache warm",
         "rounds": arguments.rounds,
         "clips_per_round": arguments.clips,
         "clips_per_second": {},

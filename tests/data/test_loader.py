@@ -16,8 +16,10 @@ from tests.data.conftest import ToyEncoders
 from tests.small import make_hunyuan, make_wan
 from weft.contracts import Batch, Encoders, ModelFamily
 from weft.data import cache
-from weft.data.laying import FRAMEWISE
+from weft.data.filed import Held
+from weft.data.laying import FRAMEWISE, collated
 from weft.data.loader import VideoDataset, padded
+from weft.data.slots import Slots
 from weft.data.survey import Clip
 from weft.data.video import VideoData
 from weft.errors import DataError
@@ -41,18 +43,18 @@ def equal(one: Batch, other: Batch) -> bool:
     return one.keys == other.keys and all(torch.equal(one[name], other[name]) for name in one.tensors)
 
 
-def test_a_batch_holds_latents_padded_text_and_its_mask(data, encoders):
+def test_a_batch_holds_latents_padded_text_as_it_is_kept_and_its_mask(data, encoders):
     dataset = opened(data, encoders, caption_dropout=0.0)
     captions = {clip.key: clip.caption for clip in dataset.survey.train}
     for batch in drawn(dataset, 0, 5):
         lengths = [len(captions[key]) + 1 for key in batch.keys]
         size = len(batch.keys)
         assert batch["latents"].shape[:2] == (size, 4) and batch["latents"].dtype == torch.float32
-        assert batch["text"].shape == (size, max(lengths), 6) and batch["text"].dtype == torch.float32
+        assert batch["text"].shape == (size, max(lengths), 6) and batch["text"].dtype == torch.bfloat16
         mask = batch["text_mask"].expand(batch["text"].shape[:2])
         assert mask.dtype == torch.bool and mask.sum(1).tolist() == lengths
         assert (batch["text"][~mask] == 0).all()
-        assert torch.equal(batch["text"][0, : lengths[0]], encoders.text([captions[batch.keys[0]]])[0]["text"].float())
+        assert torch.equal(batch["text"][0, : lengths[0]], encoders.text([captions[batch.keys[0]]])[0]["text"])
 
 
 def test_an_epoch_shows_every_clip_once(data, encoders):
@@ -89,7 +91,7 @@ def test_dropped_captions_are_the_encoded_empty_one_at_the_asked_share(data, enc
     batches = drawn(dataset, 0, 800)
     dropped = [batch for batch in batches if batch["text"].shape[1] == 1]
     assert abs(len(dropped) / 800 - 0.25) < 0.046  # three standard deviations
-    empty = encoders.text([""])[0]["text"].float()
+    empty = encoders.text([""])[0]["text"]
     assert all(torch.equal(batch["text"][0], empty) for batch in dropped)
     assert {1, 0} == {int(drawn(opened(data, encoders, caption_dropout=p), 0, 1)[0]["text"].shape[1] == 1)
                       for p in (0.0, 1.0)}  # fmt: skip
@@ -133,7 +135,7 @@ def test_what_a_model_is_told_of_the_first_frame_is_kept_beside_the_latents_and_
         for batch in drawn(opened(data, Told(), random_frames=1.0, cache=kind), 0, 5):
             assert batch["image"].shape == batch["latents"].shape
             assert torch.allclose(batch["image"][:, :, 0], batch["latents"][:, :, 0])
-            assert batch["clip"].shape == (len(batch.keys), 3) and batch["clip"].dtype == torch.float32
+            assert batch["clip"].shape == (len(batch.keys), 3) and batch["clip"].dtype == torch.bfloat16
 
 
 def on_cpu(family: ModelFamily) -> Encoders:
@@ -245,6 +247,31 @@ def test_clips_that_fail_to_encode_count_toward_the_error_budget(tmp_path, encod
     with pytest.raises(DataError, match=r"1 of 2 clips cannot be read"):
         open_with(0)
     assert [batch.keys for batch in drawn(open_with(1), 0, 2)] == [("a.mp4",), ("a.mp4",)]
+
+
+def kept(*texts: Tensor) -> list[Held]:
+    return [Held({"text": text}) for text in texts]
+
+
+def test_half_precision_is_laid_as_it_is_kept_and_in_fp32_beside_another_dtype():
+    half, other, exact = torch.randn(3, 2).bfloat16(), torch.randn(3, 2).half(), torch.randn(2, 2)
+    for texts, dtype in (
+        ([half, half[:1]], torch.bfloat16), ([other], torch.float16), ([exact], torch.float32),
+        ([half, other], torch.float32), ([half, exact], torch.float32), ([exact.double()], torch.float32),
+    ):  # fmt: skip
+        batch = collated(("a", "b")[: len(texts)], [], kept(*texts), {}, Slots())
+        assert batch["text"].dtype == dtype
+        for row, text in zip(batch["text"], texts, strict=True):
+            assert torch.equal(row[: len(text)], text.to(dtype)) and not row[len(text) :].any()
+
+
+def test_padding_is_zero_and_masked_in_memory_that_held_another_batch():
+    slots = Slots()
+    long, short = torch.ones(5, 2).bfloat16(), torch.ones(2, 2).bfloat16()
+    collated(("a", "b"), [], kept(long, long), {}, slots)
+    batch = collated(("a", "b"), [], kept(long, short), {}, slots)
+    assert batch["text_mask"].tolist() == [[True] * 5, [True, True, False, False, False]]
+    assert not batch["text"][1, 2:].any() and batch["text"][1, :2].all()
 
 
 def test_texts_are_padded_with_zeros_to_the_longest():

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import numpy
 import pytest
 import torch
 
@@ -47,6 +48,29 @@ def test_on_a_cpu_nothing_is_made_before_it_is_asked_for():
 def test_host_memory_of_a_cpu_is_as_the_system_gives_it():
     memory = SingleEngine.open("cpu", "fp32").host_memory(100)
     assert memory.shape == (100,) and memory.dtype == torch.uint8 and not memory.is_pinned()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])])
+def test_every_number_of_half_precision_is_the_same_in_fp32(device: str):
+    bits = numpy.arange(1 << 16, dtype=numpy.uint16)
+    bf16, fp16 = (torch.from_numpy(bits.view(numpy.int16)).view(dtype) for dtype in (torch.bfloat16, torch.float16))
+    known = {"bf16": torch.from_numpy((bits.astype(numpy.uint32) << 16).view(numpy.float32)),
+             "fp16": torch.from_numpy(bits.view(numpy.float16).astype(numpy.float32))}  # fmt: skip
+    put = SingleEngine.open(device, "fp32").put(Batch({"bf16": bf16, "fp16": fp16}, ("a",)))
+    for name, expected in known.items():
+        found, finite = put[name].cpu(), expected.isfinite()
+        assert found.dtype == torch.float32 and int(finite.sum()) > 60_000
+        assert torch.equal(found[finite].view(torch.int32), expected[finite].view(torch.int32))
+
+
+@pytest.mark.parametrize("verified", [False, True])
+def test_a_batch_is_widened_and_what_counts_or_masks_is_not(verified: bool):
+    kept = {"text": torch.ones(2, 3).bfloat16(), "latents": torch.ones(2, 1), "ids": torch.tensor([1, 2]),
+            "text_mask": torch.tensor([[True], [False]])}  # fmt: skip
+    put = SingleEngine.open("cpu", "fp32", Residence(verified=verified)).put(Batch(kept, ("a", "b")))
+    assert put["text"].dtype == put["latents"].dtype == torch.float32
+    assert put["ids"].dtype == torch.int64 and put["text_mask"].dtype == torch.bool
+    assert all(torch.equal(put[name], tensor.to(put[name].dtype)) for name, tensor in kept.items())
 
 
 @pytest.mark.gpu

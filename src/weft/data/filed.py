@@ -114,30 +114,32 @@ class Filed:
 
     def _read(self, part: Part, target: Tensor) -> bool:
         """Whether the bytes are those that were written; of what was checked, whether all are there. target: (n,)."""
+        with FileIO(self.path) as file:
+            entry = Sound(self.path, part.begin, part.sum, os.fstat(file.fileno()).st_mtime_ns)
+            file.seek(part.begin)
+            if target.dtype == part.dtype and entry in self.checked:
+                return filled(file, bytes_of(target))
+            if self._summed(file, part, target) != part.sum:
+                return False
+        self.checked.add(entry)
+        return True
+
+    def _summed(self, file: FileIO, part: Part, target: Tensor) -> str | None:
+        """The sum of the bytes, as they go to the target in blocks; None where the file ends before."""
         found, size = Sum(), part.end - part.begin
         as_it_is = target.dtype == part.dtype
         room = bytes_of(target) if as_it_is else self.scratch.take(BLOCK).numpy()
-        with self.path.open("rb", buffering=0) as file:
-            entry = Sound(self.path, part.begin, part.sum, os.fstat(file.fileno()).st_mtime_ns)
-            fresh = entry not in self.checked
-            file.seek(part.begin)
-            if as_it_is and not fresh:
-                return filled(file, room)
-            for at in range(0, size, BLOCK):
-                length = min(BLOCK, size - at)
-                block = room[at : at + length] if as_it_is else room[:length]
-                if not filled(file, block):
-                    return False
-                if fresh:
-                    found.add(block)
-                if not as_it_is:
-                    numbers = torch.from_numpy(block).view(part.dtype)
-                    first = at // part.dtype.itemsize
-                    target[first : first + len(numbers)].copy_(numbers)
-        if fresh and str(found) != part.sum:
-            return False
-        self.checked.add(entry)
-        return True
+        for at in range(0, size, BLOCK):
+            length = min(BLOCK, size - at)
+            block = room[at : at + length] if as_it_is else room[:length]
+            if not filled(file, block):
+                return None
+            found.add(block)
+            if not as_it_is:
+                numbers = torch.from_numpy(block).view(part.dtype)
+                first = at // part.dtype.itemsize
+                target[first : first + len(numbers)].copy_(numbers)
+        return str(found)
 
 
 def filled(file: FileIO, block: numpy.ndarray) -> bool:

@@ -1,6 +1,6 @@
 """A batch laid out in one piece of host memory: every tensor goes straight to its place, padding is written once."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from weft.data.filed import Shown
 from weft.data.slots import Slots, room_for
 
 FRAMEWISE = ("latents", "image")  # tensors of a clip that are (C, F, H, W)
+HALVES = {torch.bfloat16, torch.float16}
 
 
 def collated(
@@ -20,34 +21,42 @@ def collated(
     slots: Slots,
     length: int | None = None,
 ) -> Batch:
-    """One batch of B clips of one bucket, all in fp32. shown: of each clip the latents (C, F, H, W) and what stands
-    beside them, of which the first `length` latent frames are kept:
-    what a causal autoencoder gives for the shorter clip. texts: of each caption what a store has. beside:
-    what all batches are told, and no part of the slot."""
+    """One batch of B clips of one bucket, in the dtypes of `laid`. shown: of each clip the latents (C, F, H, W) and
+    what stands beside them, of which the first `length` latent frames are kept: what a causal autoencoder gives for the
+    shorter clip. texts: of each caption what a store has. beside: what all batches are told, and no part of the
+    slot."""
     stacked = {name: _cut(name, shape, length) for name, shape in shown[0].shapes.items()} if shown else {}
     further = {name: shape for name, shape in texts[0].shapes.items() if name != "text"}
     lengths = [text.shapes["text"][0] for text in texts]
-    width = texts[0].shapes["text"][1]
+    width, columns = texts[0].shapes["text"][1], mask_width(lengths)
     room = room_for(
         {
-            **{name: (torch.float32, (len(shown), *shape)) for name, shape in stacked.items()},
-            **{name: (torch.float32, (len(texts), *shape)) for name, shape in further.items()},
-            "text": (torch.float32, (len(texts), max(lengths), width)),
-            "text_mask": (torch.bool, (len(texts), mask_width(lengths))),
+            **{name: (laid(name, shown), (len(shown), *shape)) for name, shape in stacked.items()},
+            **{name: (laid(name, texts), (len(texts), *shape)) for name, shape in further.items()},
+            "text": (laid("text", texts), (len(texts), max(lengths), width)),
+            "text_mask": (torch.bool, (len(texts), columns)),
         },
         slots,
     )
     for i, entry in enumerate(shown):
         for name in stacked:
             _write(entry, name, room[name][i], slots)
+    room["text_mask"].fill_(True)
     for i, (entry, own) in enumerate(zip(texts, lengths, strict=True)):
         for name in further:
             entry.write(name, room[name][i])
         entry.write("text", room["text"][i, :own])
-        room["text"][i, own:] = 0
-        room["text_mask"][i, :own] = True
-        room["text_mask"][i, own:] = False
+        if own < columns:
+            room["text"][i, own:] = 0
+            room["text_mask"][i, own:] = False
     return Batch({**room, **beside}, keys)
+
+
+def laid(name: str, shown: Iterable[Shown]) -> torch.dtype:
+    """In what a tensor is laid: half precision where all of the batch is kept so, since the engine widens it without
+    loss once it is on the device, and half the bytes are read and sent; else fp32."""
+    kept = {entry.dtypes[name] for entry in shown}
+    return kept.pop() if len(kept) == 1 and kept <= HALVES else torch.float32
 
 
 def mask_width(lengths: Sequence[int]) -> int:

@@ -79,8 +79,8 @@ class VideoExperience:
 
         Each holds latents (B, C, F, H, W), text (B, L, D) padded with zeros, text_mask (B, L), True where text is, or
         (B, 1) where the texts are of one length, and what the encoders give beside them; and of each text beside the
-        captions the same under NAME/, (1, ...). They lie in memory that is used again when the batch's last tensor has
-        gone: see Slots.
+        captions the same under NAME/, (1, ...). What is kept in half precision still is: an engine widens it. They lie
+        in memory that is used again when the batch's last tensor has gone: see Slots.
         Raises DataError that names a clip which can no longer be loaded.
         """
         return ahead(self._drawn(self._sampler(), count(start + rank, world)), BATCHES_AHEAD)
@@ -177,8 +177,10 @@ def grouped(clips: Sequence[Clip]) -> list[list[int]]:
 
 def drawn_caption(captions: Sequence[str], draws: Draws, draw: int, place: int) -> str:
     """One of an item's captions, or the empty one where the dice of (seed, draw, place) say so."""
-    if chance(draws.seed, "caption", draw, place) < draws.caption_dropout:
+    if draws.caption_dropout and chance(draws.seed, "caption", draw, place) < draws.caption_dropout:
         return EMPTY_CAPTION
+    if len(captions) == 1:
+        return captions[0]
     return captions[int(chance(draws.seed, "which caption", draw, place) * len(captions))]
 
 

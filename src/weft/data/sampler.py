@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import ceil
 
 
@@ -25,7 +26,7 @@ class BucketSampler:
     seed: int
     _kept: tuple[int, list[tuple[int, ...]]] | None = field(default=None, init=False, repr=False, compare=False)
 
-    @property
+    @cached_property
     def batches_per_epoch(self) -> int:
         return sum(ceil(len(bucket) / self.batch_size) for bucket in self.buckets)
 

@@ -102,6 +102,11 @@ def carried(feed: Iterator[Batch], count: Count, put: Put, device: torch.device)
         yield from courier
 
 
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """Half precision, as a cache may keep it, in the fp32 that objectives compute in: every value stays what it is."""
+    return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor
+
+
 def host_memory(size: int, device: torch.device, pinned: bool) -> torch.Tensor:
     """So many bytes for batches to lie in, (n,) uint8: locked where a GPU copies from them."""
     if device.type != "cuda" or not pinned:

@@ -17,7 +17,7 @@ from weft.engines.compiling import Compiler, Region
 from weft.engines.flat_adamw import FlatAdamW
 from weft.engines.gradients import divisor, move
 from weft.engines.offload import Inputs
-from weft.engines.prefetch import carried, host_memory
+from weft.engines.prefetch import carried, host_memory, widened
 from weft.engines.processes import Alone, Together
 from weft.engines.recompute import recompute
 from weft.engines.residency import (
@@ -175,11 +175,12 @@ class SingleEngine:
 
     def put(self, batch: Batch) -> Batch:
         if self.residence.verified:
-            copies = {name: verified_copy(t, self.device) for name, t in batch.tensors.items()}
+            copies = {name: widened(verified_copy(t, self.device)) for name, t in batch.tensors.items()}
             return replace(batch, tensors=copies)
         # Only pinned memory may be copied without waiting: from pageable memory mps returns garbage.
         quick = self.device.type == "cuda"
-        return replace(batch, tensors={n: t.to(self.device, non_blocking=quick) for n, t in batch.tensors.items()})
+        sent = {name: t.to(self.device, non_blocking=quick) for name, t in batch.tensors.items()}
+        return replace(batch, tensors={name: widened(t) for name, t in sent.items()})
 
     def feeding(self, feed: Iterator[Batch], count: Callable[[Batch], int]) -> Iterator[tuple[Batch, int]]:
         return carried(feed, count, self.put, self.device)
