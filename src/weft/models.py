@@ -145,6 +145,10 @@ class ModelFamily(Protocol):
         precision."""
         ...
 
+    def dress(self, network: nn.Module, precision: str) -> None:
+        """Let a network of shapes alone be as `load` would give it: each tensor in its dtype, packed what is packed."""
+        ...
+
     def weight_bytes(self, precision: str) -> Mapping[int | None, int]:
         """Bytes of one network's frozen weights in memory by the number of their block; None: outside of blocks."""
         ...

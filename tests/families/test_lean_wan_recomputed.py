@@ -96,11 +96,11 @@ def peak_of(tokens: int) -> float:
         with adapters.use("default"), LiveBytes() as live:
             with torch.autocast("cpu", HALF):
                 answers = [network.blocks[0](x, *given)]
-            _Ending.apply(answers.pop()).backward()  # nobody but autograd holds the answer
+            Ending.apply(answers.pop()).backward()  # nobody but autograd holds the answer
         return live.peak / (tokens * 5120 * HALF.itemsize)
 
 
-class _Ending(torch.autograd.Function):
+class Ending(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.like = x.shape, x.dtype

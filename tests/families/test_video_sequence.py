@@ -16,6 +16,7 @@ from weft.engines.recompute import recompute
 from weft.engines.ring import Method, sequence_ranks
 from weft.families.hunyuan_video import HunyuanVideo
 from weft.families.lean_hunyuan import make_lean
+from weft.families.lean_wan import make_lean as make_lean_wan
 from weft.families.wan import Wan
 
 # Relative, of the velocity and of all gradients together: fp32 rounds at 6e-8, and sums are taken in another order.
@@ -29,6 +30,13 @@ def text_to_video(**change: Any) -> Question:
     """18 tokens, which four ranks do not part evenly."""
     network = wan(**{**FOUR_HEADS, **change})
     return network, wan_inputs(network)
+
+
+def lean_text_to_video() -> Question:
+    """The same by Weft's own forward."""
+    network, inputs = text_to_video()
+    make_lean_wan(network)
+    return network, inputs
 
 
 def single_times() -> Question:
@@ -62,6 +70,7 @@ def lean_joint(mask: bool = True, **change: Any) -> Question:
 CASES: dict[str, tuple[Callable[[], Question], str, Method, bool]] = {
     "text to video": (text_to_video, "native", "ulysses", False),
     "recomputed, PEFT": (text_to_video, "peft", "ulysses", True),
+    "text to video, lean, recomputed": (lean_text_to_video, "native", "ulysses", True),
     "times of single tokens": (single_times, "native", "ulysses", True),
     "a first frame": (first_frame, "peft", "ulysses", False),
     "three heads, keys gathered": (lambda: text_to_video(num_attention_heads=3), "native", "ulysses", False),
@@ -73,6 +82,7 @@ CASES: dict[str, tuple[Callable[[], Question], str, Method, bool]] = {
     "joint attention, three heads": (lambda: joint(num_attention_heads=3), "native", "auto", False),
     "joint attention, a ring": (joint, "peft", "ring", True),
     "joint attention, lean": (lean_joint, "native", "ulysses", False),
+    "joint attention, lean, recomputed": (lean_joint, "native", "ulysses", True),
     "joint attention, lean, no mask, a ring": (lambda: lean_joint(mask=False), "native", "ring", True),
     "joint attention, lean, three heads": (lambda: lean_joint(num_attention_heads=3), "peft", "auto", False),
     "joint attention, lean, no double blocks": (lambda: lean_joint(num_layers=0), "native", "ulysses", False),

@@ -31,7 +31,7 @@ STATISTICS = 2 * SMALL.tokens * 4  # bytes that a norm holds of an item: mean an
 
 @pytest.mark.parametrize(("backend", "engine", "precision", "tolerance"), [
     ("native", {}, "fp32", 0.01),
-    ("peft", {}, "bf16", 0.05),
+    ("peft", {}, "bf16", 0.02),
     ("peft", RECOMPUTE, "fp32", 0.01),
     ("native", RECOMPUTE, "bf16", 0.05),
     ("native", OFFLOAD, "fp32", 0.01),
@@ -40,7 +40,7 @@ STATISTICS = 2 * SMALL.tokens * 4  # bytes that a norm holds of an item: mean an
     ("native", AWAY, "fp32", 0.01),
 ])  # fmt: skip
 def test_a_rehearsal_holds_what_a_real_step_holds(world, tmp_path, backend, engine, precision, tolerance):
-    """In bf16 the rehearsal has the conditioning embedder in bf16 too, which the real one keeps in fp32."""
+    """In bf16 fake tensors have the two statistics of a norm in half precision, which real ones have in fp32."""
     change: dict[str, Any] = {"engine": {"precision": precision, **engine}, "adapter": {"backend": backend}}
     config = small_config(tmp_path, world / "model", **change)
     kept, peak = really_held(config, SMALL)
@@ -48,6 +48,20 @@ def test_a_rehearsal_holds_what_a_real_step_holds(world, tmp_path, backend, engi
     ahead = 2 * SMALL.tokens * WIDTH * 4 if engine == OFFLOAD else 0  # on a GPU one input comes back before its time
     assert found.kept == pytest.approx(kept, rel=tolerance)
     assert found.peak - ahead == pytest.approx(peak, rel=tolerance)
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "int8"])
+def test_weights_that_are_decoded_are_there_while_they_are_multiplied(tmp_path, dtype):
+    """A twelfth of what a small HunyuanVideo holds of one image."""
+    image, model = Bucket(frames=1, height=64, width=64, tokens=16), make_hunyuan(tmp_path / "model", 2, 3)
+    change: dict[str, Any] = {"engine": RECOMPUTE, "data": {"batch_size": 1}}
+    plain, packed = (
+        small_config(tmp_path, model, family={"kind": "hunyuan-video", "dtype": each}, **change)
+        for each in ("auto", dtype)
+    )
+    kept, peak = really_held(packed, image)
+    assert (held(packed, image).kept, held(packed, image).peak) == (kept, peak)
+    assert peak > 1.05 * held(plain, image).peak
 
 
 @pytest.mark.parametrize("kind", ["i2v21", "ti2v", "experts", "hunyuan"])

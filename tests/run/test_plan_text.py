@@ -133,8 +133,8 @@ def test_rungs_of_text_chunk_the_losses_first_and_shorten_rows_last(talk, monkey
     rungs = ladder(config, [Row(512)], 1)
     names = [rung.name for rung in rungs]
     assert names[:2] == ["chunked losses", "recompute"]
-    assert names[-2:] == ["batch", "length"]
-    assert rungs[-2].changes == ("data.batch_size=1",)  # global_batch decides how many make a step
+    assert names[2:] == ["batch", "8-bit optimizer", "fp8 weights", "nf4 weights", "length"]
+    assert rungs[2].changes == ("data.batch_size=1",)  # global_batch decides how many make a step
     assert rungs[-1].changes == ("data.length=128",)
     sizes = [rung.bytes for rung in rungs]
     assert sizes == sorted(sizes, reverse=True)

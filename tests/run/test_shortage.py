@@ -67,7 +67,7 @@ def test_a_real_shortage_ends_with_bucket_phase_peak_and_three_remedies(world, t
     assert "At its peak it held" in said and "GiB of" in said
     assert "1. engine.recompute=selective  (" in said
     assert "2. engine.recompute=true  (" in said
-    assert "3. optimizer.kind=adamw8bit  (" in said
+    assert "3. data.batch_size=1 schedule.accumulate=" in said
     assert "During handling" not in said
 
 

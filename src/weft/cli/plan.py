@@ -251,20 +251,21 @@ def print_memory(plan: "Plan", console: "Console") -> None:
     """Whether the largest shape fits, and else what would make it fit."""
     for line in plan.blocks:
         console.print(line, markup=False, soft_wrap=True)
-    if plan.limit is None or not plan.memory:
+    if plan.limit is None or plan.room is None or not plan.memory:
         return
     largest, most = max(plan.memory.items(), key=lambda item: item[1].total)
     what = "The largest bucket needs" if plan.shapes_are_buckets else f"A batch of {largest} needs"
     each = "" if plan.layout.world == 1 else " in each process"
-    if most.total <= plan.limit:
+    if most.total <= plan.room:
         console.print(f"{what} about {gib(most.total)} of {gib(plan.limit)}{each}.\n", markup=False)
         return
-    console.print(f"{what} about {gib(most.total)}{each}, and there are {gib(plan.limit)}.", markup=False)
+    room = f"of {gib(plan.limit)} a run is planned to fill {gib(plan.room)}: allocators leave gaps"
+    console.print(f"{what} about {gib(most.total)}{each}, and {room}.", markup=False, soft_wrap=True)
     if plan.rungs:
         console.print("What would help, each on top of those before:", markup=False)
     for rung in plan.rungs:
         console.print(f"  {rung.line()}", markup=False, soft_wrap=True)
-    if not plan.rungs or plan.rungs[-1].bytes > plan.limit:
+    if not plan.rungs or plan.rungs[-1].bytes > plan.room:
         smaller = "smaller buckets" if plan.shapes_are_buckets else "shorter rows"
         console.print(f"Even so it would not fit: take {smaller} or a larger device.", markup=False)
     console.print()

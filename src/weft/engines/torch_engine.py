@@ -41,7 +41,8 @@ class Torch(Section):
         description="share of what compiled blocks would keep for the backward pass that they may keep, in [0, 1]. At "
         "0.5 a block of Wan 1.3B keeps half as much and does nothing twice but attend to the text, at 0.1 a sixth and "
         "half of its multiplications are done twice; attention among all tokens is done twice at 0 alone, which is as "
-        "recompute. auto: the largest of 1, 0.7, 0.5, 0.4, 0.3, 0.1, 0 that fits the device; null: torch's own choice, 1",
+        "recompute. auto: the largest of 1, 0.7, 0.5, 0.4, 0.3, 0.1, 0 that fits the device; null: torch's own choice, "
+        "1",
     )
     graphs: bool | Literal["auto"] = Field(
         default=False,

@@ -212,6 +212,16 @@ class CausalLM(Section):
 
         return open_source(self.weights, network, self.folder)
 
+    def dress(self, network: "nn.Module", precision: str) -> None:
+        from transformers import PreTrainedModel
+
+        from weft.families.dressed import dress
+        from weft.families.text_model import packable_blocks
+
+        assert isinstance(network, PreTrainedModel)
+        form = self.form(precision, network)
+        dress(network, packable_blocks(network, form), form, self.source_of(network))
+
     def weight_bytes(self, precision: str) -> Mapping[int | None, int]:
         from weft.families.text_model import packable_blocks
         from weft.families.weights import weight_bytes

@@ -13,6 +13,7 @@ from weft.contracts import Berth
 from weft.errors import ModelError
 from weft.families import names_wan, sniff
 from weft.families.configs import INFERRED
+from weft.families.dressed import dress
 from weft.families.files import Files
 from weft.families.known import RELEASED, Released, Sizes, released, scheduler_config
 from weft.families.layouts import NETWORKS, TOKENIZERS, DiffusersFolder, Overridden, Place, in_known_words, layout_of
@@ -293,6 +294,11 @@ class Checkpoint:
         """Fill a network that has shapes only (on meta), tensor by tensor; frozen, in eval mode."""
         check_storage(form.storage)
         return fill(network, blocks, self.tensors(part), form, berth).requires_grad_(False).eval()
+
+    def dress(self, part: str, network: nn.Module, blocks: Sequence[nn.Module], form: Form) -> None:
+        """Let a network of shapes alone be as it is when it has been filled."""
+        check_storage(form.storage)
+        dress(network, blocks, form, self.tensors(part))
 
     def weight_bytes(
         self, part: str, network: nn.Module, blocks: Sequence[nn.Module], form: Form

@@ -276,6 +276,11 @@ class Encoder(Section):
         anew = () if self._may_sort else classifier_of(network)
         return encoder_source(self.weights, network, self.folder, self.seed or 0, anew)
 
+    def dress(self, network: "nn.Module", precision: str) -> None:
+        from weft.families.dressed import dress
+
+        dress(network, self.blocks(network), self.form(precision))
+
     def weight_bytes(self, precision: str) -> Mapping[int | None, int]:
         from weft.families.weights import weight_bytes
 

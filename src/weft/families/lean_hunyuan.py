@@ -160,7 +160,9 @@ def _double_forward(
         Stream(q, k, v, attn.norm_q.weight, attn.norm_k.weight, turn[:, : x.shape[1]]),
         Stream(text_q, text_k, text_v, attn.norm_added_q.weight, attn.norm_added_k.weight, None),
     ]
+    del q, k, v, text_q, text_k, text_v
     found, of_text = joint_attention(streams, _heads(block, attention_mask), attention_mask)
+    del streams  # autograd has them where it needs them
     (out,) = products(found, [projection(attn.to_out[0])])
     x = gated(x, attn.to_out[1](out) if attn.to_out[1].p and attn.training else out, gate)
     (out,) = products(of_text, [projection(attn.to_add_out)])
@@ -254,8 +256,9 @@ def _heads(block: Any, mask: Tensor | None) -> Heads:
     chosen, parted = attn.processor._attention_backend, _parted(block)
     backend = None if chosen is None else AttentionBackendName(chosen)
     eps = attn.norm_q.eps
+    few = getattr(block, RECOMPUTED, False)
     if parted is None and backend in (None, AttentionBackendName.NATIVE):
-        return Heads(attn.heads, eps)
+        return Heads(attn.heads, eps, few=few)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if parted is None:
@@ -270,7 +273,7 @@ def _heads(block: Any, mask: Tensor | None) -> Heads:
         return parted.sequence.attend(attention, q, k, v, parted.lengths)
 
     known = None if backend is None or parted is not None else KERNELS.get(backend)
-    return Heads(attn.heads, eps, known, attend, fused=known is not None)
+    return Heads(attn.heads, eps, known, attend, fused=known is not None, few=few)
 
 
 def _whole(mask: Tensor | None, k: Tensor) -> Tensor | None:

@@ -136,6 +136,10 @@ class VideoModel(Section):
         check_precision_goes(self.compute, precision)
         return Form(*storage_of(self.dtype, precision, self.checkpoint.stored(part)), self.keeps_fp32, self.compute)
 
+    def dress(self, network: "nn.Module", precision: str) -> None:
+        part = self.part_of(self.experts[0].name)
+        self.checkpoint.dress(part, network, self.blocks(network), self.form(precision, part))
+
     def weight_bytes(self, precision: str) -> Mapping[int | None, int]:
         """Of a model with two networks, those of the first that is trained: they have the same shapes."""
         if precision not in self._weighed:

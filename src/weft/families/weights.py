@@ -277,7 +277,7 @@ def fill(network: Module, blocks: Sequence[nn.Module], source: Source, form: For
             tensor = put(reader.wide(name, form.full(name)).contiguous())
             shared = nn.Parameter(tensor, requires_grad=False)
             for alias in wanted[name]:
-                _assign(network, alias, shared)
+                assign(network, alias, shared)
     source.weights.close()
     real_buffers(network)
     return network
@@ -340,14 +340,22 @@ def _pack(
         codes, scale = encoded(packing, weight)
         if kept.computed:
             rounding = rounding_of(packing, weight, codes, scale)
-    kernel = Float8Kernel(exact=not kept.own) if kept.computed else None  # a file's scales are any numbers
-    packed = Packed(put(codes), put(scale), shape, packing, kernel, rounding)
+    put_packed(network, path, Packed(put(codes), put(scale), shape, packing, kernel_of(kept), rounding), form)
+
+
+def kernel_of(kept: Kept) -> Float8Kernel | None:
+    return Float8Kernel(exact=not kept.own) if kept.computed else None  # a file's scales are any numbers
+
+
+def put_packed(network: nn.Module, path: str, packed: Packed, form: Form) -> None:
+    linear = network.get_submodule(path)
+    assert isinstance(linear, nn.Linear)
     layer = PackedLinear(packed, linear.bias, FULL[form.dtype])
     parent, _, child = path.rpartition(".")
     setattr(network.get_submodule(parent), child, layer.train(linear.training))
 
 
-def _assign(network: nn.Module, name: str, tensor: Tensor) -> None:
+def assign(network: nn.Module, name: str, tensor: Tensor) -> None:
     path, _, end = name.rpartition(".")
     module = network.get_submodule(path)
     if end in module._parameters:
@@ -364,4 +372,4 @@ def real_buffers(network: nn.Module) -> None:
     made = bare(lambda: type(network).from_config(network.config))  # type: ignore[attr-defined]
     for name, buffer in made.named_buffers():
         if network.get_buffer(name).is_meta:
-            _assign(network, name, buffer)
+            assign(network, name, buffer)

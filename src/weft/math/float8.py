@@ -63,7 +63,7 @@ class Float8Kernel:
     def multiplied(self, x: Tensor, *tensors: Tensor | None) -> Tensor:
         codes, scale, bias = _parts(tensors)
         own, of_rows = by_rows(x)
-        return scaled_product(own, codes.t(), of_rows, scale.t().expand(1, codes.shape[0]), bias, x.dtype)
+        return self.scaled(own, codes.t(), of_rows, scale.t().expand(1, codes.shape[0]), bias, x.dtype)
 
     def gradient(self, grad: Tensor, *tensors: Tensor | None) -> Tensor:
         """grad W (N, in) of grad (N, out), in grad's dtype."""
@@ -75,7 +75,13 @@ class Float8Kernel:
         columns = torch.ones_like(scale[:1]) if uneven else scale
         # The hardware reads both factors along the sum: W turned on the way costs 0.5 % of a long product.
         turned = codes.t().contiguous().t()  # (out, in)
-        return scaled_product(own, turned, of_rows, columns.expand(1, codes.shape[1]), None, grad.dtype)
+        return self.scaled(own, turned, of_rows, columns.expand(1, codes.shape[1]), None, grad.dtype)
+
+    def scaled(
+        self, a: Tensor, b: Tensor, of_rows: Tensor, of_columns: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """The product, where it is."""
+        return scaled_product(a, b, of_rows, of_columns, bias, dtype)
 
 
 def _parts(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -90,9 +96,15 @@ def scaled_product(
     """(a x of_rows) (b x of_columns) + bias, summed in fp32: a (N, K) and b (K, M) e4m3, scales (N, 1) and (1, M)."""
     if a.device.type != "cuda":
         return _emulated(a, b, of_rows, of_columns, bias, dtype)
-    scales_rows = has_row_scales(a.device)
+    return by_hardware(a, b, of_rows, of_columns, bias, dtype, has_row_scales(a.device))
+
+
+def by_hardware(
+    a: Tensor, b: Tensor, of_rows: Tensor, of_columns: Tensor, bias: Tensor | None, dtype: torch.dtype, rows: bool
+) -> Tensor:
+    """The same by torch's kernel. rows: which takes a scale for each row."""
     wide = torch.bfloat16 if dtype != torch.float32 else dtype  # what the hardware answers in
-    if scales_rows and wide == torch.bfloat16:
+    if rows and wide == torch.bfloat16:
         given = None if bias is None else bias.to(wide)
         y = torch._scaled_mm(a, b, of_rows, of_columns.contiguous(), given, out_dtype=wide, use_fast_accum=True)
         return y.to(dtype)

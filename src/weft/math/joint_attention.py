@@ -1,7 +1,8 @@
 """Joint attention of streams of tokens whose queries and keys are RMS-normed head by head and turned by their places.
 
 Kept are q, k and v as linear layers gave them, the answer, and three numbers a token and head; normed and turned
-queries and keys are made again in the backward pass. Letters: B items, n tokens of a stream, T of all, L the last of
+queries and keys are made again in the backward pass, of some heads at a time where memory is short: heads know nothing
+of each other. Letters: B items, n tokens of a stream, T of all, L the last of
 them that a mask may hide, H heads, D width of a head, d = H D. Gradients of the norm: with i = 1 / sqrt(mean x^2 + eps)
 over D and y = w x i, dx = i (w dy - x i (y . dy) / D); a turn leaves y . dy as it is.
 """
@@ -136,14 +137,21 @@ class _JointAttention(torch.autograd.Function):
     def forward(ctx: Any, heads: Heads, kernel: Kernel, *flat: Any) -> tuple[Tensor, ...]:
         streams = _streams(flat)
         inverses = [_inverses(each, heads) for each in streams]
-        asked, keys = _ready(streams, inverses, heads)
         v = _laid([each.v for each in streams])
-        values = heads.split(v).transpose(1, 2)
-        out, sums, extras = kernel.forward(asked.transpose(1, 2), keys.transpose(1, 2), values, _scale(asked))
-        answer = out.transpose(1, 2).flatten(2)
+        groups, answer, of_groups = heads.groups(v), None, list[Tensor]()
+        for group in groups:
+            asked, keys = (x.transpose(1, 2) for x in _ready(streams, inverses, heads, group))
+            out, *own = kernel.forward(asked, keys, _heads_of(v, heads, group), _scale(asked))
+            of_groups += [own[0], *own[1]]
+            if len(groups) == 1:
+                answer = out.transpose(1, 2).flatten(2)
+                break
+            answer = torch.empty_like(v) if answer is None else answer
+            _heads_of(answer, heads, group).copy_(out)
+        assert answer is not None
         ctx.heads, ctx.kernel, ctx.count = heads, kernel, len(streams)
         kept = [tensor for each in streams for tensor in (each.q, each.k, None, each.of_q, each.of_k, each.turn)]
-        ctx.save_for_backward(*kept, *inverses, v, answer, sums, *extras)
+        ctx.save_for_backward(*kept, *inverses, v, answer, *of_groups)
         return (answer,) if len(streams) == 1 else answer.split([each.q.shape[1] for each in streams], 1)
 
     @staticmethod
@@ -152,21 +160,46 @@ class _JointAttention(torch.autograd.Function):
         heads, kernel, count = ctx.heads, ctx.kernel, ctx.count
         saved = ctx.saved_tensors  # asked for once: recomputation gives them once
         streams, rest = _streams(saved[: FIELDS * count]), saved[FIELDS * count :]
-        inverses, (v, answer, sums, *extras) = rest[:count], rest[count:]
-        ready = _ready(streams, inverses, heads)
-        above, values, out = (heads.split(x).transpose(1, 2) for x in (_laid(grads), v, answer))
-        asked = (*(x.transpose(1, 2) for x in ready), values)
-        found = kernel.backward(above, asked, out, sums, _scale(ready[0]), tuple(extras))
-        dq, dk, dv = (x.transpose(1, 2) for x in found)  # (B, T, H, D)
-        answers, begin = list[Tensor | None](), 0
-        for each, inverse in zip(streams, inverses, strict=True):
-            here = slice(begin, begin + each.q.shape[1])
-            pairs = zip((dq, dk), (each.q, each.k), (each.of_q, each.of_k), inverse, ready, strict=True)
-            for g, x, weight, i, y in pairs:
-                answers.append(_through_norm(g[:, here], heads.split(x), i, y[:, here], (weight, each.turn)))
-            answers += [dv[:, here].flatten(2), None, None, None]
-            begin = here.stop
-        return None, None, *answers
+        inverses, (v, answer, *of_groups) = rest[:count], rest[count:]
+        above, groups, found = _laid(grads), heads.groups(v), list[list[Tensor]]()
+        of_group = len(of_groups) // len(groups)
+        for number, group in enumerate(groups):
+            ready = _ready(streams, inverses, heads, group)
+            values, out, grad = (_heads_of(x, heads, group) for x in (v, answer, above))
+            asked = (*(x.transpose(1, 2) for x in ready), values)
+            sums, *extras = of_groups[number * of_group : (number + 1) * of_group]
+            made = kernel.backward(grad, asked, out, sums, _scale(values), tuple(extras))
+            own = _of_streams(streams, [x.transpose(1, 2) for x in made], ready, inverses, (heads, group))
+            del made, asked, ready
+            if len(groups) == 1:
+                found = [[x.flatten(2) for x in each] for each in own]
+                break
+            found = found or [[torch.empty_like(x) for x in (each.q, each.k, each.q)] for each in streams]
+            for wholes, parts in zip(found, own, strict=True):
+                for whole, part in zip(wholes, parts, strict=True):
+                    heads.split(whole)[:, :, group].copy_(part)
+            del own, part, parts  # before the next ones are made
+        return None, None, *(x for each in found for x in (*each, None, None, None))
+
+
+def _of_streams(
+    streams: Sequence[Stream], made: Sequence[Tensor], ready: Sequence[Tensor], inverses: Sequence[Tensor],
+    at: tuple[Heads, slice],
+) -> list[list[Tensor]]:  # fmt: skip
+    """Gradients of each stream's q, k and v as they were given, of some heads (B, n, H, D). made: those of normed and
+    turned q, k and of v of all streams, ready: these q and k, (B, T, H, D) each."""
+    (heads, group), answers, begin = at, list[list[Tensor]](), 0
+    some = heads.some
+    for each, inverse in zip(streams, inverses, strict=True):
+        here = slice(begin, begin + each.q.shape[1])
+        pairs = zip(made, (each.q, each.k), (each.of_q, each.of_k), inverse, ready, strict=False)
+        before = [
+            _through_norm(g[:, here], some(heads.split(x), group), some(i, group), y[:, here], (weight, each.turn))
+            for g, x, weight, i, y in pairs
+        ]
+        answers.append([*before, made[2][:, here]])
+        begin = here.stop
+    return answers
 
 
 def _streams(flat: Sequence[Any]) -> list[Stream]:
@@ -187,17 +220,27 @@ def _inverses(stream: Stream, heads: Heads) -> Tensor:
     return found.hypot_(found.new_full((), sqrt(width * heads.eps))).reciprocal_().mul_(sqrt(width))
 
 
-def _ready(streams: Sequence[Stream], inverses: Sequence[Tensor], heads: Heads) -> tuple[Tensor, Tensor]:
-    """Queries and keys of all streams, normed and turned, (B, T, H, D) in their own dtype."""
+def _ready(
+    streams: Sequence[Stream], inverses: Sequence[Tensor], heads: Heads, group: slice
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Some heads of queries and keys of all streams, normed and turned, (B, T, H, D) in their own dtype."""
     first, tokens = streams[0].q, sum(each.q.shape[1] for each in streams)
-    asked, keys = (first.new_empty(len(first), tokens, heads.count, first.shape[-1] // heads.count) for _ in "qk")
+    count, width = group.stop - group.start, first.shape[-1] // heads.count
+    asked, keys = (first.new_empty(len(first), tokens, count, width) for _ in "qk")
     begin = 0
-    for each, (of_q, of_k) in zip(streams, inverses, strict=True):
-        count = each.q.shape[1]
-        _write(heads.split(each.q), of_q, _tables(each.of_q, each.turn), asked.narrow(1, begin, count))
-        _write(heads.split(each.k), of_k, _tables(each.of_k, each.turn), keys.narrow(1, begin, count))
-        begin += count
+    for each, both in zip(streams, inverses, strict=True):
+        own = each.q.shape[1]
+        fields = zip((each.q, each.k), (each.of_q, each.of_k), both, (asked, keys), strict=True)
+        for x, weight, inverse, out in fields:
+            tables = _tables(weight, each.turn)
+            _write(heads.some(heads.split(x), group), heads.some(inverse, group), tables, out.narrow(1, begin, own))
+        begin += own
     return asked, keys
+
+
+def _heads_of(x: Tensor, heads: Heads, group: slice) -> Tensor:
+    """Some heads (B, H, T, D) of x (B, T, d)."""
+    return heads.some(heads.split(x), group).transpose(1, 2)
 
 
 def _tables(weight: Tensor, turn: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -220,7 +263,7 @@ def _write(x: Tensor, inverse: Tensor, tables: tuple[Tensor, Tensor | None], out
 
 
 def _through_norm(g: Tensor, x: Tensor, inverse: Tensor, y: Tensor, of: tuple[Tensor, Tensor | None]) -> Tensor:
-    """dL/dx (B, n, d) of dL/dy = g (B, n, H, D). of: a norm's weight, and cos and sin."""
+    """dL/dx (B, n, H, D) of dL/dy = g. of: a norm's weight, and cos and sin."""
     weight, turn = of
     if turn is None:
         wide = g * weight.float()
@@ -229,4 +272,4 @@ def _through_norm(g: Tensor, x: Tensor, inverse: Tensor, y: Tensor, of: tuple[Te
         wide = (g * cos).addcmul_(swapped(g), sin, value=-1).mul_(weight)
     share = torch.sum(g * y, -1, keepdim=True, dtype=torch.float32).mul_(inverse).div_(x.shape[-1])
     wide.addcmul_(x, share, value=-1)
-    return torch.mul(wide, inverse, out=torch.empty_like(x)).flatten(2)
+    return torch.mul(wide, inverse, out=torch.empty_like(x))

@@ -50,6 +50,10 @@ class Heads:
         """(B, M, H, D) of x (B, M, d)."""
         return x.unflatten(-1, (self.count, -1))
 
+    def some(self, x: Tensor, group: slice) -> Tensor:
+        """Those heads of x (B, M, H, D): without a view where they are all."""
+        return x if group.stop - group.start == self.count else x[:, :, group]
+
     def groups(self, q: Tensor) -> list[slice]:
         """Of heads that attend together, as even as they can be: all, or as few as keep a large GPU busy."""
         most = max(1, ceil(AT_ONCE / q.shape[:-1].numel())) if self.few else self.count
@@ -272,7 +276,7 @@ def _tables(turn: Tensor, lengths: Tensor) -> Sequence[Tensor]:
 
 def _heads_of(x: Tensor, heads: Heads, group: slice) -> Tensor:
     """Some heads (B, H, N, D) of x (B, N, d)."""
-    return heads.split(x)[:, :, group].transpose(1, 2)
+    return heads.some(heads.split(x), group).transpose(1, 2)
 
 
 def _both_ready(
@@ -286,7 +290,8 @@ def _both_ready(
 def _ready(x: Tensor, weight: Tensor, table: Tensor, heads: Heads, group: slice) -> Tensor:
     """The tables carry sqrt(d) / l."""
     cos, sin = table.unbind()
-    weighed = _weighed(heads.split(x)[:, :, group], heads.split(weight)[group])
+    of_heads = heads.split(weight) if group.stop - group.start == heads.count else heads.split(weight)[group]
+    weighed = _weighed(heads.some(heads.split(x), group), of_heads)
     return torch.addcmul(weighed * cos, swapped(weighed), sin, out=torch.empty_like(weighed)).transpose(1, 2)
 
 

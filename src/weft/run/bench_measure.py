@@ -18,7 +18,7 @@ from weft.run.bench_watch import Compiled, compiled_so_far
 from weft.run.bench_work import closed_work
 from weft.run.config import RunConfig
 from weft.run.estimate import estimate
-from weft.run.ladder import device_memory, ladder
+from weft.run.ladder import device_memory, ladder, room_in
 from weft.run.parts import trained_of
 from weft.run.questions import Shape
 
@@ -152,7 +152,8 @@ def planned(config: RunConfig, shape: Shape) -> int:
     total = estimate(config, [shape], trained_of(config))[shape].total
     if not fits(config, total):
         limit = device_memory(config) or 0
-        lines = "\n".join(f"  {rung.line()}" for rung in ladder(config, [shape], limit)) or "  nothing that Weft knows"
+        rungs = ladder(config, [shape], room_in(limit))
+        lines = "\n".join(f"  {rung.line()}" for rung in rungs) or "  nothing that Weft knows"
         raise ConfigError(
             f"weft bench: {config.family.source} at {shape} will take {total / 2**30:.1f} GiB, and there are "
             f"{limit / 2**30:.1f}. What would fit, each on top of the last:\n{lines}\n"

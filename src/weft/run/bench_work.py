@@ -116,7 +116,7 @@ def flops_by_phase(config: RunConfig, shape: Shape) -> dict[str, int]:
     """
     objective = config.objective
     times = len(objective.step_list(config.family).times) if isinstance(objective, Distilled) else 1
-    with rehearsed(config, shape, Stage(torch.float32)) as rehearsal:
+    with rehearsed(config, shape, Stage()) as rehearsal:
         return {
             phase.name: round(mean(counted(rehearsal, phase, done) for done in range(times)))
             for phase in rehearsal.phases

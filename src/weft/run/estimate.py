@@ -11,7 +11,7 @@ from torch import nn
 from weft.contracts import ModelFamily, Phase
 from weft.engines.parallel import Layout
 from weft.engines.residency import memory_of
-from weft.engines.single_device import DTYPES, best_device, best_precision
+from weft.engines.single_device import best_device, best_precision
 from weft.run.assemble import target_report
 from weft.run.config import RunConfig
 from weft.run.partitions import Accounts, Parted
@@ -20,7 +20,6 @@ from weft.run.rehearsal import LiveBytes, Rehearsal, Stage, Traced, block_lists,
 from weft.run.shares import ALONE, adapter_bytes, weights_of
 
 FIXED = 0.6 * 2**30  # bytes: context of the device and the workspaces of its libraries, on CUDA
-FULL = {**DTYPES, "fp32": torch.float32}
 TWO = 2  # blocks of which something is on the device where what they keep is sent away: see engines/activations.py
 DEPTH = 2  # blocks of a network of equal blocks that are rehearsed, and one more, to know what each further one takes
 
@@ -192,13 +191,19 @@ def more_at(found: Mapping[str, Rehearsals], budget: float) -> float:
     return max((parted.more(budget) for parted in graphs), default=0.0)
 
 
+def again_of(found: Mapping[str, Rehearsals]) -> float:
+    """The same share of what selective recomputation computes again."""
+    graphs = (parted for each in found.values() for parted, runs in each.short.blocks if runs)
+    return max((parted.again() for parted in graphs), default=0.0)
+
+
 def rehearsals(config: RunConfig, shape: Shape, sequence: int = 1) -> dict[str, Rehearsals]:
     """One micro-batch of each phase. A long row of equal blocks is rehearsed in short, since each takes the same."""
     residence = replace(config.engine.residence(), stream_blocks=0, experts="together", pinned=False, verified=False)
     depth = equal_blocks(config)
     precision = precision_of(config)
     traced = Traced() if config.engine.compile is True else None
-    stage = Stage(FULL[config.family.weight_dtype(precision)], precision, residence, (), sequence, traced)
+    stage = Stage(True, precision, residence, (), sequence, traced)
     if depth <= 2 * DEPTH:  # as many as in short, or fewer
         return {phase: Rehearsals(each) for phase, each in rehearsed_bytes(config, shape, stage).items()}
     short, longer = (rehearsed_bytes(config, shape, replace(stage, depths=(n,))) for n in (DEPTH, DEPTH + 1))

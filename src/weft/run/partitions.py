@@ -108,6 +108,14 @@ class Parted:
         once = operations_of(self.joint.graph)
         return self._operations[budget] / once - 1 if once else 0.0
 
+    def again(self) -> float:
+        """Operations of the forward pass but its attention, as a share of those that both passes must do."""
+        if self.joint is None:
+            return 0.0
+        once = operations_of(self.joint.graph)
+        nodes = [node for node in self.parts(1.0)[0].graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+        return sum(_operations(node) for node in nodes if not attends_at_all(node)) / once if once else 0.0
+
     def counting(self, run: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any) -> Any:
             self.runs += 1

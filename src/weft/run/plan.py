@@ -25,7 +25,7 @@ from weft.run.checks import (
 from weft.run.config import RunConfig
 from weft.run.documents import labelled
 from weft.run.estimate import Card, Estimate, card_of, device_of, estimate, precision_of
-from weft.run.ladder import Rung, device_memory, ladder
+from weft.run.ladder import Rung, device_memory, ladder, room_in
 from weft.run.layouts import check_layout, layout_of
 from weft.run.pace import Pace
 from weft.run.parts import Part, parts_of
@@ -53,7 +53,8 @@ class Plan:
     disk: int  # bytes that checkpoints and adapters will take
     problems: tuple[str, ...]
     limit: int | None  # bytes of memory that there are, as asked for or of the device; None: not known
-    rungs: tuple[Rung, ...]  # what would bring the largest shape below the limit; empty when it fits
+    room: int | None  # of these, what a run may be planned to fill
+    rungs: tuple[Rung, ...]  # what would bring the largest shape below that; empty when it fits
     blocks: tuple[str, ...] = ()  # whether they are compiled, and what they may keep, in words
 
     @property
@@ -92,7 +93,8 @@ def plan(config: RunConfig, limit: int | None = None, processes: int | None = No
     memory = estimate(config, sorted(shapes, key=lambda shape: -shape.tokens), trained, card, layout)
     if limit is None and (card.gpu or layout.world == 1):  # how many processes share a host's memory is not known
         limit = device_memory(config)
-    over = limit is not None and any(each.total > limit for each in memory.values())
+    room = None if limit is None else room_in(limit)
+    over = room is not None and any(each.total > room for each in memory.values())
     together = config.schedule.accumulate * layout.data_world  # micro-batches of a step
     draws = survey.epoch_draws(config.data.batch_size) if shapes else None
     epochs, per_epoch = passes(config, draws, together) if shapes else (None, 0)
@@ -112,8 +114,9 @@ def plan(config: RunConfig, limit: int | None = None, processes: int | None = No
         disk=disk_bytes(config, trained, per_epoch),
         problems=(*late, *problems),
         limit=limit,
+        room=room,
         blocks=tuple(choice.lines()),
-        rungs=tuple(ladder(config, list(shapes), limit, card, layout)) if over and limit is not None else (),
+        rungs=tuple(ladder(config, list(shapes), room, card, layout)) if over and room is not None else (),
     )
 
 

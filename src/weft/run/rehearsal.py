@@ -22,7 +22,7 @@ from weft.run.assemble import standings as standing_on
 from weft.run.config import RunConfig
 from weft.run.partitions import Accounts
 from weft.run.questions import Shape, asked, phases_of
-from weft.run.stand_ins import OneOfSequence, attend_without_masks, by_flash, rehearsable
+from weft.run.stand_ins import OneOfSequence, attend_without_masks, by_flash, multiply_on_hardware, rehearsable
 
 PLAIN = Residence()
 
@@ -49,13 +49,13 @@ class Rehearsal:
 
 @dataclass(frozen=True)
 class Stage:
-    """How a rehearsal computes. weights: the dtype in which frozen weights are kept, or to which they are decoded.
+    """How a rehearsal computes. kept: frozen weights as they are kept at that precision, some packed; else all in fp32.
 
     depths: blocks that are left of each list of blocks; empty: all. sequence: ranks that part the tokens, of which this
     is one. compiled: where blocks are; one region for all rehearsals of a shape, so that each block is traced once.
     """
 
-    weights: torch.dtype
+    kept: bool = False
     precision: str = "fp32"
     residence: Residence = PLAIN
     depths: tuple[int, ...] = ()
@@ -68,8 +68,10 @@ def rehearsed(config: RunConfig, shape: Shape, stage: Stage) -> Iterator[Rehears
     """Inside, tensors are fake; they stand for the largest questions that the family is asked."""
     family = rehearsable(config.family)
     roles = config.objective.roles(family.experts[:1])
-    with default_dtype(stage.weights):
-        network = family.skeleton("meta").requires_grad_(False)
+    network = family.skeleton("meta").requires_grad_(False)
+    if stage.kept:
+        family.dress(network, stage.precision)
+        multiply_on_hardware(network)
     standings = standing_on(config, network, roles)
     for listed, depth in zip(block_lists(family, network), stage.depths, strict=False):
         del listed[depth:]

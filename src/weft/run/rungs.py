@@ -16,6 +16,7 @@ from weft.run.estimate import (
     Card,
     Estimate,
     Rehearsals,
+    again_of,
     budget_of,
     composed,
     more_at,
@@ -28,6 +29,9 @@ from weft.run.shares import ALONE, divided
 
 CGROUP = Path("/sys/fs/cgroup/memory.max")  # a container's own limit, on Linux
 SHORTEST = 128  # tokens of the shortest rows that are offered
+HIDDEN = 16_000  # tokens from which on a bf16 block computes longer than it is copied: 790 TFLOP/s, 50 GB/s
+BUSY = 4096  # tokens of an item that by itself keeps a large GPU busy
+CACHE = "cache"  # the rung whose gain is not counted
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,7 @@ class Need:
         shape, sequence = shape or self.shape, (layout or self.layout).sequence
         # Whatever the memory budget, one rehearsal of compiled blocks tells what they keep under it.
         key = (shape, config.data.batch_size, engine.recompute, engine.offload_inputs, engine.offload_activations,
-               engine.compile is True, precision, sequence, family.weight_dtype(precision),
-               family.model_dump_json(exclude={"dtype"}))  # fmt: skip
+               engine.compile is True, precision, sequence, family.model_dump_json())  # fmt: skip
         if key not in self.rehearsed:
             self.rehearsed[key] = rehearsals(config, shape, sequence)
         return self.rehearsed[key]
@@ -90,11 +93,12 @@ def cached(need: Need, limit: int) -> Step | None:
     if need.config.family.medium == "text" or need.config.data.cache != "off":
         return None
     cost = "the encoders leave the device while training, which is not counted here; disk for the latents"
-    return Step("cache", {"data.cache": "disk"}, cost)
+    return Step(CACHE, {"data.cache": "disk"}, cost)
 
 
 def budgeted(need: Need, limit: int) -> Step | None:
-    """The largest memory budget of compiled blocks that suffices; none where less than that is needed."""
+    """The largest memory budget of compiled blocks that suffices; none where less than that is needed, or where it
+    computes more again than selective recomputation, which suffices too."""
     engine = need.config.engine
     if engine.kind != "torch" or engine.recompute or need.layout.sequence > 1 or not need.card.gpu:
         return None
@@ -104,7 +108,10 @@ def budgeted(need: Need, limit: int) -> Step | None:
         changes = {"engine.compile": True, "engine.activation_budget": budget}
         changed = changed_engine(need.config, compile=True, activation_budget=budget)
         if need.of(changed, need.shape).estimate.total <= limit:
-            more = more_at(need.found(changed), budget)
+            found = need.found(changed)
+            more = more_at(found, budget)
+            if more > again_of(found) and selected(need, limit) is not None:
+                return None
             cost = f"a minute or more to compile; {more:.0%} more multiplications; gradients equal to rounding"
             return Step("budget", changes, cost)
     return None
@@ -260,8 +267,17 @@ def streaming(need: Need, limit: int) -> Step | None:
         count = blocks
     if count <= already:
         return None
-    cost = "host memory for them, copied ahead of each use: free while a block computes longer than it is copied"
+    tokens = need.shape.tokens * config.data.batch_size
+    cost = (
+        "host memory for them, copied ahead of each use: free while a block computes longer than it is copied, as from "
+        f"about {HIDDEN:,} tokens on in bf16 (predicted for an H200); here {tokens:,}"
+    )
     return Step("stream_blocks", {"engine.stream_blocks": count}, cost)
+
+
+def items_apart(need: Need, limit: int) -> Step | None:
+    """Where an item is large enough that several at once compute no faster."""
+    return smaller_batch(need, limit) if need.shape.tokens >= BUSY else None
 
 
 def smaller_batch(need: Need, limit: int) -> Step | None:
@@ -307,7 +323,8 @@ def shorter_rows(need: Need, row: Row, limit: int) -> Step | None:
     return None
 
 
+# First what leaves the numbers as they are, then what approximates them, and at last what trains on less.
 MAKERS: tuple[Maker, ...] = (
-    cached, chunked_losses, budgeted, selected, sent_away, recomputed, offloaded, smaller_moments, sharded,
-    smaller_weights, smallest_weights, one_expert, streaming, smaller_batch, smaller_shape,
+    cached, chunked_losses, items_apart, budgeted, selected, sent_away, recomputed, offloaded, sharded, one_expert,
+    streaming, smaller_batch, smaller_moments, smaller_weights, smallest_weights, smaller_shape,
 )  # fmt: skip

@@ -14,7 +14,7 @@ from weft.engines.residency import memory_of
 from weft.errors import RunError
 from weft.run.config import RunConfig
 from weft.run.estimate import device_of
-from weft.run.ladder import changed_config, device_memory, remedies, spelled
+from weft.run.ladder import changed_config, device_memory, remedies, room_in, spelled
 from weft.run.questions import Row, Shape, shape_at, shapes_of
 from weft.run.surveyed import surveyed
 
@@ -129,7 +129,7 @@ def advice(config: RunConfig, short: OutOfMemory) -> list[str]:
     if shape is None:
         return []
     limit = limit_of(config) or short.peak or 0
-    return [rung.line() for rung in remedies(config, shape, limit)]
+    return [rung.line() for rung in remedies(config, shape, room_in(limit))]
 
 
 def untried(config: RunConfig, changes: Mapping[str, Any]) -> list[str]:

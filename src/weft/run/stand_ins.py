@@ -1,6 +1,7 @@
 """What stands in a rehearsal for what fake tensors cannot do: a GPU's kernels, and the other ranks of a sequence."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,11 +10,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from weft.contracts import ModelFamily
-from weft.engines.ring import Ring
+from weft.engines.ring import Masks, Ring, Travel, round_the_ring
 from weft.engines.sequence import Ulysses
 from weft.families.causal_lm import CausalLM
+from weft.families.storage import PackedLinear
 from weft.families.text_packed import PACKED
 from weft.math.attention import Attention
+from weft.math.float8 import Float8Kernel, by_hardware
 
 MASKLESS = "weft_without_masks"
 # Of each kind the kernel that keeps the same tensors for the backward pass.
@@ -44,6 +47,46 @@ def attend_without_masks(network: nn.Module) -> None:
         network.config._attn_implementation = MASKLESS
 
 
+@dataclass(frozen=True)
+class OnHardware(Float8Kernel):
+    """A product in fp8 that takes what a GPU's takes; a processor's emulation holds fp32 copies beside."""
+
+    def scaled(
+        self, a: Tensor, b: Tensor, of_rows: Tensor, of_columns: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        return by_hardware(a, b, of_rows, of_columns, bias, dtype, rows=True)
+
+
+def multiply_on_hardware(network: nn.Module) -> None:
+    """Let a network on fake tensors multiply in fp8 as a GPU would."""
+    for module in network.modules():
+        if isinstance(module, PackedLinear) and isinstance(module.kernel, Float8Kernel):
+            module.kernel = OnHardware(module.kernel.exact)
+
+
+class _Arrived:
+    """What came from the rank before, beside what was sent."""
+
+    def __init__(self, parcel: Tensor) -> None:
+        self.sent = parcel.contiguous()
+        self.received = torch.empty_like(self.sent)
+
+    def arrived(self) -> Tensor:
+        return self.received
+
+
+class _Seen(Masks):
+    """Masks whose numbers nobody knows: some of each rank's keys are seen, and some are not."""
+
+    def of(self, rank: int) -> tuple[bool, Tensor | None]:
+        columns, real = self.ranks.places(self.lengths, self.device, rank)
+        assert self.attention.seen is not None
+        return True, self.attention.seen(self.rows, columns) & real
+
+    def travel(self, parcel: Tensor) -> Travel:
+        return _Arrived(parcel)
+
+
 class OneOfSequence(Ring):
     """The first rank of a sequence group without the others: what it would be sent has the right shape and size, and
     is its own."""
@@ -62,6 +105,9 @@ class OneOfSequence(Ring):
         if not goes_round:
             kind = Ring if self.method == "ring" else Ulysses
             return kind.attend_unevenly(self, attention, q, k, v, lengths)
+        if attention.seen is not None:
+            scale = attention.scale if attention.scale is not None else q.shape[-1] ** -0.5
+            return round_the_ring(q, k, v, _Seen(self, attention, lengths, q.device), scale)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # on a ring the keys of one rank are there at a time
         return scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
