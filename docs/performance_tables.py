@@ -140,25 +140,29 @@ def bars() -> str:
 
 
 def _bars() -> Iterator[Row]:
-    block = _block(read("block-counts.json"))
+    block = _block("Wan block", read("block-counts.json"), ("15 Nd", "70 / 110", "100 / 170 Nd"))
     yield from ([*row, "`benchmarks/block_counts.py`"] for row in block)
+    layer = _block("Qwen3 layer", read("text-counts.json"), ("15 Nd", "- / 130", "- / 300 Nd"))
+    yield from ([*row, "`benchmarks/text_counts.py`"] for row in layer)
     yield ["kept per Wan block, compiled, budget 0.5", "13.5 Nd", *_compiled(read("compiled-blocks-cpu.json"))]
     yield ["LoRA forward + backward ÷ frozen linear, r = 32", "1.10", *_lora(read("lora-path-cpu.json"))]
     yield ["own loop ÷ bare loop", "1.02", *_loop(read("overhead-cpu.json"))]
     yield ["optimizer, clip, clear: 600 tensors", "2.5 ms", *_optimizer(read("optimizer-cpu.json"))]
     yield ["cached clips", "800/s, 5 x a DataLoader", *_data(read("data-path-cpu.json"))]
+    yield ["packed rows of text", "0.26 M tokens/s: Qwen3 0.6B at `t_practical`", *_text(read("text-path-cpu.json"))]
     yield ["a checkpoint holds up training", "10 ms", *_stall(read("checkpoints-cpu.json"))]
 
 
-def _block(figures: Any) -> list[list[object]]:
+def _block(what: str, figures: Any, wanted: tuple[str, str, str]) -> list[list[object]]:
     if figures is None:
-        return [["block counts", "", missing("python benchmarks/block_counts.py")]]
+        return [[f"counts of a {what}", "", "not measured yet"]]
     row = figures["rows"][f"weft lean, native, {HALF}"]
     forth, back = row["forward"], row["backward"]
+    kept, operators, moved = wanted
     return [
-        ["kept per Wan block, eager", "15 Nd", f"{row['saved_nd']:.2f} Nd"],
-        ["operators per Wan block, forward / backward", "70 / 110", f"{forth['operations']} / {back['operations']}"],
-        ["pointwise bytes, forward / backward", "100 / 170 Nd",
+        [f"kept per {what}, eager", kept, f"{row['saved_nd']:.2f} Nd"],
+        [f"operators per {what}, forward / backward", operators, f"{forth['operations']} / {back['operations']}"],
+        [f"pointwise bytes per {what}, forward / backward", moved,
          f"{forth['pointwise_nd']:.0f} / {back['pointwise_nd']:.0f} Nd"],
     ]  # fmt: skip
 
@@ -215,10 +219,24 @@ def _data(figures: Any) -> tuple[str, str]:
         return "not measured yet", "`benchmarks/data_path.py`"
     told = []
     for case, speeds in figures["clips_per_second"].items():
-        ours = speeds["weft, shards"]["best"]
-        loader = max(each["best"] for name, each in speeds.items() if name.startswith("DataLoader"))
-        told.append(f"{case}: {ours:.0f}/s, {ours / loader:.1f} x the best DataLoader")
+        ours, share = speeds["weft, shards"]["best"], speeds["weft, shards"]["of_the_bytes"]
+        none, *workers = (speeds[f"DataLoader, {number} workers"]["best"] for number in range(3))
+        told.append(
+            f"{case}: {ours:.0f}/s, {share:.0%} of it its bytes alone, {ours / none:.1f} x a DataLoader without "
+            f"workers, {ours / max(workers):.0f} x one with"
+        )
     return "; ".join(told), "`benchmarks/data_path.py`"
+
+
+def _text(figures: Any) -> tuple[str, str]:
+    if figures is None:
+        return "not measured yet", "`benchmarks/text_path.py`"
+    speeds = {name: each["best"] for name, each in figures["rows_per_second"].items()}
+    told = ", ".join(f"{name} {speed:,.0f}" for name, speed in speeds.items() if name != "weft")
+    return (
+        f"{speeds['weft']:,.0f} rows/s of {figures['rows_of']:,} tokens, {figures['tokens_per_second'] / 1e6:.0f} M "
+        f"tokens/s with packing ({told})"
+    ), "`benchmarks/text_path.py`"
 
 
 def _stall(figures: Any) -> tuple[str, str]:
@@ -251,9 +269,34 @@ def low_rank() -> str:
     return f"{told}\n\n{figures['tokens']} tokens, fp32; {machine(figures)}"
 
 
+def head() -> str:
+    figures = read("head-losses-cpu.json")
+    if figures is None:
+        return missing("python benchmarks/head_losses.py --json benchmarks/results/head-losses-cpu.json")
+    cases = figures["cases"]
+    titles = [f"{case} (logits: {figures['logits_mib'][case]:,} MiB)" for case in cases]
+    rows = [
+        [name, *(f"{case[name]['peak_mib']:,} MiB, {case[name]['seconds']:.1f} s" for case in cases.values())]
+        for name in next(iter(cases.values()))
+    ]
+    return f"{table(['forward and backward', *titles], rows)}\n\n{figures['case']}; {machine(figures)}"
+
+
+def clips() -> str:
+    figures = read("data-path-cpu.json")
+    if figures is None:
+        return missing("python benchmarks/data_path.py --json benchmarks/results/data-path-cpu.json")
+    cases = figures["clips_per_second"]
+    rows = [
+        [name, *(f"{case[name]['best']:,.0f} ({case[name]['median']:,.0f})" for case in cases.values())]
+        for name in next(iter(cases.values()))
+    ]
+    return f"{table(['clips/s, best round (median)', *cases], rows)}\n\n{figures['case']}; {machine(figures)}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "bars": bars, "counts": counts, "compiled": compiled, "predicted": predicted, "curves": curves, "float8": float8,
-    "low rank": low_rank,
+    "low rank": low_rank, "head": head, "clips": clips,
 }  # fmt: skip
 
 

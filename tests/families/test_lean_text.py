@@ -177,6 +177,26 @@ def test_a_layer_keeps_its_floor(folder, backend: str) -> None:  # type: ignore[
     assert kept * TOKENS * d * 4 < 0.4 * theirs_kept.saved
 
 
+@pytest.mark.parametrize("backend", ["native", "peft"])
+def test_a_layer_starts_and_moves_less_than_the_librarys_both_ways(folder, backend: str) -> None:  # type: ignore[no-untyped-def]
+    """In fp32, of width 32, 4 heads of 8 and 2 of keys, gates of 48; beside the listed one fills and scales numbers a
+    row. Of a norm 3 passes forward and 2 and 5 backward, the first one in place; of a turn 5, of a gate forward 5,
+    and backward 14."""
+    found, config = counted_layer(folder("qwen3"), Kernels(), backend)
+    theirs_found = counted_layer(folder("qwen3"), EAGER.model_copy(update={"layer": "eager"}), "peft")[0]
+    asked = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    d, gate = config.hidden_size, config.intermediate_size
+    forward = 5 * (2 * d + asked) + 5 * asked + 5 * gate + 6 * d
+    backward = 9 * (2 * d + asked) + 10 * asked + 14 * gate + 6 * d
+    for ours, floor, theirs_way in (
+        (found.forward, forward, theirs_found.forward), (found.backward, backward, theirs_found.backward)
+    ):  # fmt: skip
+        moved = ours.pointwise / (TOKENS * 4)
+        assert floor < moved < 1.3 * floor, (moved, floor)
+        assert ours.pointwise < 0.8 * theirs_way.pointwise
+    assert found.backward.operations < theirs_found.backward.operations
+
+
 def test_nothing_is_computed_backward_below_the_lowest_adapter(folder) -> None:  # type: ignore[no-untyped-def]
     family, network = opened(folder("qwen3"), Kernels())
     upper = [p for p, m in network.model.layers[1].named_modules() if p.endswith("_proj") and isinstance(m, nn.Linear)]

@@ -1,5 +1,6 @@
 """Losses of tokens without the logits of all: against PyTorch's own, value and gradient, and by memory."""
 
+import weakref
 from typing import Any
 
 import pytest
@@ -148,3 +149,28 @@ def test_a_frozen_head_multiplies_twice_a_token_and_makes_no_whole_logits_and_no
 def test_logits_that_exist_at_once_are_2_to_the_27() -> None:
     """512 MiB in fp32: 883 tokens of Qwen3's 151,936 words, 4194 of Llama's 32,000."""
     assert (rows_of(151_936), rows_of(32_000)) == (883, 4194)
+
+
+@pytest.mark.parametrize(("dtype", "at_once"), [(torch.float32, 1), (torch.bfloat16, 2)])
+def test_losses_and_their_gradient_are_made_in_the_memory_of_the_logits(dtype: torch.dtype, at_once: int) -> None:
+    """Never two parts at once. In half precision there is, beside the fp32 logits, first the head's output and then the
+    gradient that is multiplied."""
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal most
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.shape == (rows, V):
+                alive.append(weakref.ref(out))
+                here = {t.untyped_storage()._cdata for ref in alive if (t := ref()) is not None}
+                most = max(most, len(here))
+            return out
+
+    rows = 4
+    x, weight, _, labels = question(torch.float32)
+    x, weight = x[: 2 * rows].detach().to(dtype).requires_grad_(), weight.to(dtype)
+    with Watch():
+        head_losses(x, labels[: 2 * rows], Head(weight), rows=rows).sum().backward()
+    assert most == at_once

@@ -10,7 +10,7 @@ shares out a causal mask evenly: in a ring the rank with the last tokens has the
 
 from collections.abc import Sequence
 from math import sqrt
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -59,12 +59,15 @@ def ring_attention(
 ) -> Tensor:
     """(B, n, H, D') of own queries (B, n, H, D), keys (B, n, G, D) and values (B, n, G, D'). In q's dtype."""
     scale = attention.scale if attention.scale is not None else 1 / sqrt(q.shape[-1])
-    masks = _Masks(ranks, attention, lengths, q.device)
+    return round_the_ring(q, k, v, Masks(ranks, attention, lengths, q.device), scale)
+
+
+def round_the_ring(q: Tensor, k: Tensor, v: Tensor, masks: "Masks", scale: float) -> Tensor:
     out: Any = _RingAttention.apply(*(x.transpose(1, 2) for x in (q, k, v)), masks, scale)
     return out.transpose(1, 2)
 
 
-class _Masks:
+class Masks:
     """What own queries see of each rank's keys, worked out when it is needed: (n, n) is much for a long sequence."""
 
     def __init__(self, ranks: Ulysses, attention: Attention, lengths: Sequence[int], device: torch.device) -> None:
@@ -81,17 +84,25 @@ class _Masks:
         mask = seen(self.rows, columns) & real
         return bool(mask.any()), None if bool(mask.all()) else mask
 
+    def travel(self, parcel: Tensor) -> "Travel":
+        """Send a tensor to the next rank."""
+        return _Travel(parcel, self.ranks)
+
+
+class Travel(Protocol):
+    def arrived(self) -> Tensor: ...
+
 
 class _RingAttention(torch.autograd.Function):
     """Layout (B, heads, n, width), as partial_attention has it."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, masks: _Masks, scale: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, masks: Masks, scale: float) -> Tensor:
         ranks = masks.ranks
         total: tuple[Tensor, Tensor] | None = None
         parcel = torch.cat([k, v], -1)
         for step in range(ranks.size):
-            travel = _Travel(parcel, ranks) if step < ranks.size - 1 else None
+            travel = masks.travel(parcel) if step < ranks.size - 1 else None
             anything, mask = masks.of((ranks.rank - step) % ranks.size)
             if anything:
                 keys, values = parcel.split([k.shape[-1], v.shape[-1]], -1)
@@ -114,14 +125,14 @@ class _RingAttention(torch.autograd.Function):
         # The gradients of keys and values travel with them, one step behind, and end where they belong.
         gathered = torch.zeros_like(parcel, dtype=wide)
         for step in range(ranks.size):
-            travel = _Travel(parcel, ranks) if step < ranks.size - 1 else None
+            travel = ctx.masks.travel(parcel) if step < ranks.size - 1 else None
             anything, mask = ctx.masks.of((ranks.rank - step) % ranks.size)
             if anything:
                 keys, values = parcel.split(widths, -1)
                 dq, dk, dv = partial_gradients(grads[0], out, normalizer, q, keys, values, mask, ctx.scale)
                 of_q += dq
                 gathered += torch.cat([dk, dv], -1)
-            gathered = _Travel(gathered, ranks).arrived()
+            gathered = ctx.masks.travel(gathered).arrived()
             parcel = parcel if travel is None else travel.arrived()
         of_k, of_v = gathered.split(widths, -1)
         return of_q.to(q.dtype), of_k.to(k.dtype), of_v.to(v.dtype), None, None

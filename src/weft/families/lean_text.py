@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from weft.errors import ConfigError
 from weft.families.text_kernels import ACTIVATIONS, Activation, activation_of, gated_of, norm_form
 from weft.families.text_packed import PACKED, PACKING, Packing, seen
-from weft.math.packed_attention import Asked, RmsNorm, TextHeads, packed_attention
+from weft.math.packed_attention import Asked, TextHeads, packed_attention
 from weft.math.products import products
+from weft.math.rms_norm import Normed, RmsNorm
 from weft.math.sdpa import Kernel, causal_kernel_for
 from weft.projection import SPREAD, computing_dtype, projection
 
@@ -124,37 +125,31 @@ def _kernel(attn: Any, x: Tensor) -> Kernel | None:
     return causal_kernel_for(q, k, k)
 
 
-class Normed:
-    """h = norm(x): a Producer. dtype: of h."""
-
-    def __init__(self, norm: RmsNorm, weight: Tensor, dtype: torch.dtype) -> None:
-        self.tensors = (weight,)
-        self.norm, self.dtype = norm, dtype
-
-    def forward(self, x: Tensor, *tensors: Tensor) -> Tensor:
-        return self.norm(x, *tensors).to(self.dtype)
-
-    def backward(self, x: Tensor, grad: Tensor, *tensors: Tensor) -> Tensor:
-        return self.norm.backward(x, grad, *tensors)
-
-
 class Gate:
     """h = act(gate) up: a Joint producer. Shazeer 2020, arXiv:2002.05202, eq. 5 and 6."""
 
     def __init__(self, activation: Activation, up: Tensor) -> None:
         self.tensors = (up,)
         self.activation = activation
+        self.acted: Tensor | None = None  # act(gate), from `again` until `backward_all`
 
     def forward(self, x: Tensor, *tensors: Tensor) -> Tensor:
         (up,) = tensors
         return self.activation.of(x) * up
+
+    def again(self, x: Tensor, *tensors: Tensor) -> Tensor:
+        (up,) = tensors
+        self.acted = self.activation.of(x)
+        return self.acted * up
 
     def backward(self, x: Tensor, grad: Tensor, *tensors: Tensor) -> Tensor:
         return self.backward_all(x, grad, *tensors)[0]
 
     def backward_all(self, x: Tensor, grad: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         (up,) = tensors
-        return self.activation.slope(grad * up, x), grad * self.activation.of(x)
+        acted, self.acted = self.activation.of(x) if self.acted is None else self.acted, None
+        of_up = acted.mul_(grad)
+        return self.activation.slope_(grad.mul_(up), x), of_up
 
 
 # ---- Whether it fits ----------------------------------------------------------------------------------------------

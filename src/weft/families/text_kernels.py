@@ -19,7 +19,8 @@ from torch.nn import functional
 
 from weft.errors import ConfigError
 from weft.families.liger import liger
-from weft.math.packed_attention import RmsNorm, turned_halves
+from weft.math.packed_attention import turned_halves
+from weft.math.rms_norm import RmsNorm, normed
 
 Binary = Callable[[Tensor, Tensor], Tensor]
 Rotary = Callable[..., tuple[Tensor, Tensor]]
@@ -103,7 +104,7 @@ def _norm(module: nn.Module, choice: str) -> bool:
 
         def run(self: nn.Module, x: Tensor) -> Tensor:
             assert isinstance(self.weight, Tensor)
-            return form(x, self.weight)
+            return normed(x, self.weight, form)
 
     module.forward = MethodType(run, module)  # type: ignore[method-assign]
     return True
@@ -114,18 +115,23 @@ def _norm(module: nn.Module, choice: str) -> bool:
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation and its derivative: slope(gradient, x)."""
+    """An activation, and the gradient of x from that of its answer, which is overwritten: slope_(gradient, x)."""
 
     of: Callable[[Tensor], Tensor]
-    slope: Binary
+    slope_: Binary
+
+
+def _silu_slope_(gradient: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.silu_backward.grad_input(gradient, x, grad_input=gradient)
+
+
+def _gelu_slope_(gradient: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.gelu_backward.grad_input(gradient, x, approximate="tanh", grad_input=gradient)
 
 
 ACTIVATIONS = {
-    "silu": Activation(functional.silu, torch.ops.aten.silu_backward),
-    "gelu": Activation(
-        lambda x: functional.gelu(x, approximate="tanh"),
-        lambda gradient, x: torch.ops.aten.gelu_backward(gradient, x, approximate="tanh"),
-    ),
+    "silu": Activation(functional.silu, _silu_slope_),
+    "gelu": Activation(lambda x: functional.gelu(x, approximate="tanh"), _gelu_slope_),
 }
 
 
@@ -143,7 +149,7 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         a, b = ctx.saved_tensors
         (gradient,) = gradients
-        return ctx.activation.slope(gradient * b, a), gradient * ctx.activation.of(a), None
+        return ctx.activation.slope_(gradient * b, a), ctx.activation.of(a).mul_(gradient), None
 
 
 def gated(a: Tensor, b: Tensor, name: str) -> Tensor:
@@ -204,7 +210,7 @@ class _Turned(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return turned_halves(gradients[0], cos, -sin), None, None
+        return turned_halves(gradients[0], cos, sin, back=True), None, None
 
 
 def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:

@@ -26,33 +26,36 @@ class Logits:
     cap: float | None = None
 
     def of(self, output: Tensor) -> Tensor:
-        """The logits, in fp32."""
-        z = output.float() * self.scale
+        """The logits, in fp32; the output itself where they are no others."""
+        z = output.float() if self.scale == 1 else output.float() * self.scale
         return z if self.cap is None else self.cap * torch.tanh(z / self.cap)
 
     def slope_(self, gradient: Tensor, logits: Tensor) -> Tensor:
         """From dL/dz to dL/dh, written over dL/dz: dz/dh = scale (1 - (z / c)^2)."""
         if self.cap is not None:
             gradient.mul_(1 - (logits / self.cap).square_())
-        return gradient.mul_(self.scale)
+        return gradient if self.scale == 1 else gradient.mul_(self.scale)
 
 
 PLAIN = Logits()
 
-# (output of the head (n, V), labels (n,), logits, whether a gradient is wanted) -> losses (n,) fp32, and dL/dh (n, V).
+# (output of the head (n, V), which may be overwritten, labels (n,), logits, whether a gradient is wanted) ->
+# losses (n,) fp32, and dL/dh (n, V).
 Kernel = Callable[[Tensor, Tensor, Logits, bool], tuple[Tensor, Tensor | None]]
 
 
 def softmax_losses(output: Tensor, labels: Tensor, logits: Logits, graded: bool) -> tuple[Tensor, Tensor | None]:
-    """-log p of labels (n,) under the head's output (n, V), in fp32, and its gradient p - onehot in closed form."""
-    z = logits.of(output)
-    total = torch.logsumexp(z, 1)
-    losses = total - z.gather(1, labels[:, None]).squeeze(1)
+    """-log p of labels (n,) under the head's output (n, V), in fp32, and its gradient p - onehot in closed form: all in
+    the memory of the logits."""
+    z, places = logits.of(output), labels[:, None]
+    capped = z.clone() if graded and logits.cap is not None else z
+    z.sub_(z.amax(1, keepdim=True))
+    own = z.gather(1, places)
+    total = z.exp_().sum(1, keepdim=True)
+    losses = (total.log() - own).squeeze(1)
     if not graded:
         return losses, None
-    capped = z if logits.cap is None else z.clone()
-    gradient = z.sub_(total[:, None]).exp_()
-    gradient.scatter_add_(1, labels[:, None], gradient.new_full((len(labels), 1), -1.0))
+    gradient = z.div_(total).scatter_add_(1, places, z.new_full((len(labels), 1), -1.0))
     return losses, logits.slope_(gradient, capped)
 
 
@@ -92,9 +95,11 @@ class _HeadLosses(torch.autograd.Function):
             part = slice(start, start + rows)
             output = functional.linear(x[part].to(dtype), weight, bias)
             losses[part], gradient = head.kernel(output, labels[part], head.logits, graded)
+            del output
             if waiting is not None:
                 assert gradient is not None
-                waiting[part] = gradient.mul_(factor).to(dtype) @ weight
+                waiting[part] = (gradient if factor == 1 else gradient.mul_(factor)).to(dtype) @ weight
+            del gradient  # before the next part's logits are made
         if waiting is not None:
             ctx.save_for_backward(waiting)
             ctx.factor, ctx.dtype = factor, x.dtype

@@ -1,7 +1,8 @@
 """Causal attention of texts packed into rows, text by text, with queries and keys normed by head and turned.
 
-Kept are q, k and v as linear layers gave them, the answer, and a number a query and head; normed and turned queries and
-keys are made again in the backward pass. Letters: B rows, L tokens of a row, H heads, G of keys, D width of a head.
+Kept are q, k and v as linear layers gave them, the answer, and of each token a number or two a head; normed and turned
+queries and keys are made again in the backward pass. Letters: B rows, L tokens of a row, H heads, G of keys, D width of
+a head.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,41 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
+from weft.math.rms_norm import RmsNorm
 from weft.math.sdpa import Kernel
 
 Lengths = tuple[tuple[int, ...], ...]  # of the texts of each row, padding being one of them
 
 
-@dataclass(frozen=True)
-class RmsNorm:
-    """x / sqrt(mean(x^2) + eps) times offset + w; Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4."""
-
-    eps: float
-    offset: float
-
-    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
-        if self.offset:
-            # 1 + w in half precision would lose most of w.
-            return functional.rms_norm(x.float(), x.shape[-1:], self.offset + weight.float(), self.eps).to(x.dtype)
-        return functional.rms_norm(x, x.shape[-1:], weight.to(x.dtype), self.eps)
-
-    def backward(self, x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
-        """dL/dx: with r = 1 / sqrt(mean(x^2) + eps) and g = w dy, r g - r^3 x mean(x g); in fp32 until the end."""
-        wide, scale = x.float(), weight.float() + self.offset if self.offset else weight.float()
-        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        inner = grad * scale
-        dot = (inner * wide).mean(-1, keepdim=True).mul_(inverse.pow(3))
-        return inner.mul_(inverse).addcmul_(wide, dot, value=-1).to(x.dtype)
-
-
-def turned_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (..., D) turned by pairs half a head apart; Su et al. 2021, arXiv:2104.09864, eq. 34. -sin turns back."""
-    half = x.shape[-1] // 2
+def turned_halves(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
+    """x (..., D) turned by pairs half a head apart, or turned back; Su et al. 2021, arXiv:2104.09864, eq. 34."""
+    half, sign = x.shape[-1] // 2, -1 if back else 1
     out = x * cos
-    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-sign)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:], value=sign)
     return out
 
 
@@ -56,18 +35,29 @@ class Asked:
     width: int
     norm: RmsNorm | None = None
 
-    def ready(self, x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
-        """(B, H, L, D), normed and turned, of x (B, L, H D); cos and sin (B, L, 1, D)."""
-        heads = x.unflatten(-1, (-1, self.width))
-        if self.norm is not None and weight is not None:
-            heads = self.norm(heads, weight)
-        return turned_halves(heads, cos, sin).to(x.dtype).transpose(1, 2)
+    def heads(self, x: Tensor) -> Tensor:
+        """(B, L, H, D) of x (B, L, H D)."""
+        return x.unflatten(-1, (-1, self.width))
 
-    def through(self, x: Tensor, grad: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+    def normed(self, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Heads (B, L, H, D), normed, of x (B, L, H D), and what the norm keeps: a number a head."""
+        heads = self.heads(x)
+        return (heads, None) if self.norm is None or weight is None else self.norm.forward(heads, weight, x.dtype)
+
+    def again(self, x: Tensor, weight: Tensor | None, inverse: Tensor | None) -> Tensor:
+        heads = self.heads(x)
+        if self.norm is None or weight is None or inverse is None:
+            return heads
+        return self.norm.again(heads, weight, inverse, x.dtype)
+
+    def through(
+        self, x: Tensor, grad: Tensor, weight: Tensor | None, inverse: Tensor | None, turn: Sequence[Tensor]
+    ) -> Tensor:
         """Gradient (B, L, H D) of x, of grad (B, L, H, D)."""
-        grad = turned_halves(grad, cos, -sin)
-        if self.norm is not None and weight is not None:
-            grad = self.norm.backward(x.unflatten(-1, (-1, self.width)), grad, weight)
+        cos, sin = turn
+        grad = turned_halves(grad, cos, sin, back=True)
+        if self.norm is not None and weight is not None and inverse is not None:
+            grad = self.norm.backward(self.heads(x), grad, weight, inverse)
         return grad.flatten(2).to(x.dtype)
 
 
@@ -99,8 +89,8 @@ def parts(texts: Lengths) -> list[tuple[slice, tuple[int, ...]]]:
 def packed_attention(
     qkv: Sequence[Tensor], norms: Sequence[Tensor | None], turn: Sequence[Tensor], heads: TextHeads, kernel: Kernel
 ) -> Tensor:
-    """(B, L, H D) of q (B, L, H D), k and v (B, L, G D). norms: weights (D,) of queries' and keys'. turn: cos and sin
-    (B, L, D)."""
+    """(B, L, H D) of q (B, L, H D), k and v (B, L, G D), all of one dtype. norms: weights (D,) of queries'
+    and keys'. turn: cos and sin (B, L, D)."""
     with torch.autocast(qkv[0].device.type, enabled=False):
         return _PackedAttention.apply(heads, kernel, *qkv, *norms, *(table.unsqueeze(2) for table in turn))
 
@@ -111,53 +101,68 @@ class _PackedAttention(torch.autograd.Function):
         ctx: Any, heads: TextHeads, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, of_q: Tensor | None,
         of_k: Tensor | None, cos: Tensor, sin: Tensor,
     ) -> Tensor:  # fmt: skip
-        asked, keys, values = _made(heads, q, k, v, of_q, of_k, cos, sin)
-        answer = q.new_empty(q.shape).unflatten(-1, (-1, heads.queries.width))  # (B, L, H, D)
+        asked, inverse_q = heads.queries.normed(q, of_q)
+        keys, inverse_k = heads.keys.normed(k, of_k)
+        made = _made(heads, (asked, keys), v, (cos, sin))
+        del asked, keys
         kept: list[Tensor] = []
         ctx.extras = 0
-        for rows, places in heads.pieces():
-            own_q, own_k, own_v = (x[rows, :, places] for x in (asked, keys, values))
-            out, sums, extras = kernel.forward(own_q, own_k, own_v, heads.scale)
-            answer[rows, places] = out.transpose(1, 2)
-            kept += [sums, *extras]
-            ctx.extras = len(extras)
+
+        def attended() -> Iterator[tuple[Tensor]]:
+            for rows, places in heads.pieces():
+                own_q, own_k, own_v = (x[rows, :, places] for x in made)
+                out, sums, extras = kernel.forward(own_q, own_k, own_v, heads.scale)
+                kept.extend((sums, *extras))
+                ctx.extras = len(extras)
+                yield (out.transpose(1, 2),)
+
+        (answer,) = _laid(heads, attended(), [heads.queries.heads(q)])
         answer = answer.flatten(2)
         ctx.heads, ctx.kernel = heads, kernel
-        ctx.save_for_backward(q, k, v, of_q, of_k, cos, sin, answer, *kept)
+        ctx.save_for_backward(q, k, v, of_q, of_k, cos, sin, inverse_q, inverse_k, answer, *kept)
         return answer
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, of_q, of_k, cos, sin, answer, *kept = ctx.saved_tensors
+        q, k, v, of_q, of_k, cos, sin, inverse_q, inverse_k, answer, *kept = ctx.saved_tensors
         heads: TextHeads = ctx.heads
-        asked = _made(heads, q, k, v, of_q, of_k, cos, sin)
-        above, out = (x.unflatten(-1, (-1, heads.queries.width)).transpose(1, 2) for x in (grad, answer))
-        found = [x.new_empty(x.shape).unflatten(-1, (-1, heads.queries.width)) for x in (q, k, v)]
+        above, out = (heads.queries.heads(x).transpose(1, 2) for x in (grad, answer))
         each = 1 + ctx.extras
-        for number, (rows, places) in enumerate(heads.pieces()):
-            sums, *extras = kept[number * each : (number + 1) * each]
-            own = (x[rows, :, places] for x in asked)
-            told = (x[rows, :, places] for x in (above, out))
-            dy, y = told
-            gradients = ctx.kernel.backward(dy, tuple(own), y, sums, heads.scale, tuple(extras))
-            for whole, part in zip(found, gradients, strict=True):
-                whole[rows, places] = part.transpose(1, 2)
-        dq = heads.queries.through(q, found[0], of_q, cos, sin)
-        dk = heads.keys.through(k, found[1], of_k, cos, sin)
-        return None, None, dq, dk, found[2].flatten(2), None, None, None, None
+
+        def gradients(asked: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+            for number, (rows, places) in enumerate(heads.pieces()):
+                sums, *extras = kept[number * each : (number + 1) * each]
+                own_q, own_k, own_v = (x[rows, :, places] for x in asked)
+                dy, y = (x[rows, :, places] for x in (above, out))
+                three = ctx.kernel.backward(dy, (own_q, own_k, own_v), y, sums, heads.scale, tuple(extras))
+                yield [part.transpose(1, 2) for part in three]
+
+        normed = heads.queries.again(q, of_q, inverse_q), heads.keys.again(k, of_k, inverse_k)
+        found = gradients(_made(heads, normed, v, (cos, sin)))
+        del normed
+        dq, dk, dv = _laid(heads, found, [heads.queries.heads(q), heads.keys.heads(k), heads.keys.heads(v)])
+        dq = heads.queries.through(q, dq, of_q, inverse_q, (cos, sin))
+        dk = heads.keys.through(k, dk, of_k, inverse_k, (cos, sin))
+        return None, None, dq, dk, dv.flatten(2), None, None, None, None
 
 
 def _made(
-    heads: TextHeads,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    of_q: Tensor | None,
-    of_k: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
+    heads: TextHeads, normed: Sequence[Tensor], v: Tensor, turn: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What a kernel is given, (B, heads, L, D) each."""
-    values = v.unflatten(-1, (-1, heads.keys.width)).transpose(1, 2)
-    return heads.queries.ready(q, of_q, cos, sin), heads.keys.ready(k, of_k, cos, sin), values
+    """What a kernel is given, (B, heads, L, D) each, of normed queries and keys (B, L, heads, D)."""
+    cos, sin = turn
+    asked, keys = (turned_halves(x, cos, sin).to(v.dtype).transpose(1, 2) for x in normed)
+    return asked, keys, heads.keys.heads(v).transpose(1, 2)
+
+
+def _laid(heads: TextHeads, found: Iterator[Sequence[Tensor]], likes: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Wholes (B, L, heads, D) of the pieces (rows, places, heads, D): without a copy where there is one piece."""
+    pieces = list(heads.pieces())
+    if len(pieces) == 1:
+        return next(found)
+    wholes = [torch.empty_like(like) for like in likes]
+    for (rows, places), parts_of in zip(pieces, found, strict=True):
+        for whole, part in zip(wholes, parts_of, strict=True):
+            whole[rows, places] = part
+    return wholes

@@ -42,9 +42,13 @@ class Joint(Protocol):
     tensors: tuple[Tensor, ...]
 
     def forward(self, x: Tensor, *tensors: Tensor) -> Tensor: ...
+    def again(self, x: Tensor, *tensors: Tensor) -> Tensor:
+        """forward in the backward pass, before `backward_all`: what that can use of it may stay until then."""
+        ...
+
     def backward(self, x: Tensor, grad: Tensor, *tensors: Tensor) -> Tensor: ...
     def backward_all(self, x: Tensor, grad: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """dL/dx and the gradient of each of its tensors."""
+        """dL/dx and the gradient of each of its tensors. grad is nobody else's and may be overwritten."""
         ...
 
 
@@ -152,9 +156,14 @@ class Plan:
             begin, at = begin + len(flat[at]), at + 4
         return found
 
-    def produced(self, x: Tensor, flat: Sequence[Any]) -> Tensor:
-        """h (N, in), in the dtype that is computed in."""
-        h = x if self.producer is None else self.producer.forward(x, *flat[: self.made])
+    def produced(self, x: Tensor, flat: Sequence[Any], again: bool = False) -> Tensor:
+        """h (N, in), in the dtype that is computed in. again: its gradient is wanted next."""
+        if self.producer is None:
+            h = x
+        elif again and is_joint(self.producer):
+            h = self.producer.again(x, *flat[: self.made])
+        else:
+            h = self.producer.forward(x, *flat[: self.made])
         return h.reshape(-1, h.shape[-1]).to(self.dtype)
 
 
@@ -195,7 +204,7 @@ class _Products(torch.autograd.Function):
         found: list[Tensor | None] = [None] * len(flat)
         wanted = ctx.needs_input_grad[2:]
         if v is not None and any(wanted[layer.at] or wanted[layer.at + 1] for layer, _ in changed):
-            h = plan.produced(x, flat)
+            h = plan.produced(x, flat, again=True)
             u = _scaled(h, [layer for layer in layers if layer.low is not None]) if u is None else u
             ranks = [layer.high.shape[1] for layer, _ in changed if layer.high is not None]
             das = _weight_gradient(v, h).to(flat[changed[0][0].at].dtype).split(ranks)
