@@ -73,6 +73,16 @@ def test_nf4_takes_the_nearest_of_its_sixteen_levels():
     assert_close(packed("nf4", w).weight, nearest, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("fan_in", [32, 96, 100])
+def test_blocks_of_nf4_run_over_the_ends_of_rows(fan_in):
+    w = weight(fan_in=fan_in)
+    flat = w.flatten()
+    flat = torch.cat([flat, flat.new_zeros(-len(flat) % 64)]).view(-1, 64)
+    peak = flat.abs().amax(1, keepdim=True)
+    nearest = NF4[((flat / peak).unsqueeze(-1) - NF4).abs().argmin(-1)] * peak
+    assert_close(packed("nf4", w).weight, nearest.flatten()[: w.numel()].view(w.shape), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("storage", ["fp8", "int8"])
 def test_a_row_that_64_does_not_divide_has_one_scale(storage):
     w = weight(fan_in=100)

@@ -116,7 +116,9 @@ class Nf4:
         return codes, scale.float()
 
     def decode(self, codes: Tensor, scale: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        return _bitsandbytes().dequantize_4bit(codes, scale, BLOCK, "nf4", list(shape), dtype)
+        # As one row: on some processors bitsandbytes 0.50 decodes wrongly where blocks run over the ends of rows.
+        flat = _bitsandbytes().dequantize_4bit(codes, scale, BLOCK, "nf4", [prod(shape)], dtype)
+        return flat.view(shape)
 
     def bytes_of(self, shape: tuple[int, int]) -> tuple[int, int]:
         return -(-prod(shape) // 2), 4 * -(-prod(shape) // BLOCK)
