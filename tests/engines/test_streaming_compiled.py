@@ -11,10 +11,10 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch.testing import assert_close
 
-from tests.engines.test_compiling import compiled_learner, gradients
+from tests.engines.test_compiling import CPU, TWO_LAYERS, compiled_learner, gradients, traced_only
 from tests.learners import batch_of, learner_of, small_config, trained
 from tests.small import make_wan
-from weft.engines.compiling import Compiler
+from weft.engines.compiling import Compiler, compiler_missing
 from weft.engines.residency import Residence
 from weft.run.learner import Learner
 
@@ -34,8 +34,8 @@ def parted(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., 
     return backend(graph, list(inputs))  # type: ignore[return-value]
 
 
-def learner_with(root: Path, model: Path, residence: Residence | None) -> Learner:
-    learner = compiled_learner(small_config(root, model), Compiler(budget=0.5, backend=parted), residence)
+def learner_with(root: Path, model: Path, residence: Residence, budget: float) -> Learner:
+    learner = compiled_learner(small_config(root, model, **TWO_LAYERS), Compiler(budget, backend=parted), residence)
     if learner.engine.activations is not None:  # type: ignore[attr-defined]
         learner.engine.activations.least = 0  # type: ignore[attr-defined]
     return learner
@@ -48,14 +48,20 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(deep: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    return gradients(learner_with(tmp_path_factory.mktemp("resident"), deep, None), batch_of(2))
+    """Of the same operators where all weights stay, as they were traced, in one graph of both passes."""
+    config = small_config(tmp_path_factory.mktemp("resident"), deep, **TWO_LAYERS)
+    return gradients(compiled_learner(config, Compiler(backend=traced_only)), batch_of(2))
 
 
-@pytest.mark.parametrize("residence", [
-    pytest.param(RECOMPUTED, marks=pytest.mark.slow), pytest.param(ONCE, marks=pytest.mark.slow), AWAY,
+# A budget where a run may have one: a recomputed block keeps next to nothing without.
+@pytest.mark.parametrize(("residence", "budget"), [
+    pytest.param(RECOMPUTED, 1.0, marks=pytest.mark.slow), pytest.param(ONCE, 1.0, marks=pytest.mark.slow),
+    (AWAY, 0.5),
 ], ids=["recomputed", "once", "away"])  # fmt: skip
-def test_ten_steps_of_streaming_are_two_graphs_and_the_gradients_of_what_stays(deep, tmp_path, expected, residence):
-    streaming = learner_with(tmp_path, deep, residence)
+def test_ten_steps_of_streaming_are_two_graphs_and_the_gradients_of_what_stays(
+    deep, tmp_path, expected, residence, budget
+):
+    streaming = learner_with(tmp_path, deep, residence, budget)
     for _ in range(2):
         found = gradients(streaming, batch_of(2))
         assert found.keys() == expected.keys() and all(torch.equal(found[n], t) for n, t in expected.items())
@@ -67,13 +73,17 @@ def test_ten_steps_of_streaming_are_two_graphs_and_the_gradients_of_what_stays(d
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # its kernels may all have to be compiled
-def test_inductor_takes_weights_from_the_ring(deep, tmp_path):
-    """As the partition above takes them under every residence: here under the one with the most copies."""
-    config = small_config(tmp_path, deep, adapter={"targets": "attn1.to_q"})
-    plain = gradients(learner_of(config), batch_of(2))
-    streaming = compiled_learner(config, Compiler(), AWAY)
-    for _ in range(3):
-        found = gradients(streaming, batch_of(2))
-        for name, gradient in plain.items():
-            assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)  # inductor sums in another order
-    assert streaming.engine.regions[0].graphs == 2  # type: ignore[attr-defined]
+@pytest.mark.skipif(compiler_missing(CPU) is not None, reason="there is no C++ compiler")
+def test_the_real_compiler_gives_the_gradients_of_none_whether_weights_stay_or_come_from_the_ring(deep, tmp_path):
+    """From the ring as the partition above takes them under every residence: here under the one with the most copies.
+    Both learners' graphs are equal, so that inductor compiles their kernels once."""
+    config = small_config(tmp_path, deep, engine={"compile": True, "activation_budget": 0.5})
+    plain = gradients(learner_of(small_config(tmp_path, deep)), batch_of(2))
+    resident, streaming = learner_of(config), compiled_learner(config, Compiler(budget=0.5), AWAY)
+    for learner in (streaming, resident):
+        for _ in range(3):
+            found = gradients(learner, batch_of(2))
+            for name, gradient in plain.items():
+                assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)  # inductor sums in another order
+        (region,) = learner.engine.regions  # type: ignore[attr-defined]
+        assert region.graphs == 2 and region.stopped is None
