@@ -21,11 +21,11 @@ os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 # Files of a minute and more of processor time, longest first: at the end of a run no worker waits long for another.
 LONGEST = (
-    "cli/test_independent.py", "adapters/test_roles_compiled.py", "engines/test_streaming_compiled.py",
-    "cli/test_launch.py", "demo/test_demo.py", "cli/test_hosts.py", "cli/test_accelerated.py",
-    "run/test_many_processes.py", "engines/test_zero_roles.py", "engines/test_compiling.py", "run/test_estimate.py",
-    "run/test_ladder.py", "run/test_distillation.py", "families/test_weights.py", "run/test_control.py",
-    "run/test_command.py", "run/test_bench.py", "run/test_adapter_kinds.py", "run/test_every_family.py",
+    "engines/test_streaming_compiled.py", "cli/test_independent.py", "demo/test_demo.py", "cli/test_launch.py",
+    "cli/test_hosts.py", "cli/test_accelerated.py", "run/test_many_processes.py", "engines/test_zero_roles.py",
+    "run/test_estimate.py", "run/test_ladder.py", "run/test_distillation.py", "adapters/test_roles_compiled.py",
+    "families/test_weights.py", "run/test_control.py", "run/test_bench.py", "run/test_adapter_kinds.py",
+    "run/test_every_family.py", "engines/test_compiling.py",
 )  # fmt: skip
 
 
