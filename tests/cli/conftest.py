@@ -1,11 +1,12 @@
 """A small model and clips for the verbs that start processes, and how one is started."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.interpreter import interpreter
 from tests.program import Program
 from tests.small import make_clips, make_wan, merged, plain_config
 
@@ -42,3 +43,10 @@ def start() -> Start:
         return Program(arguments, environment)
 
     return started
+
+
+@pytest.fixture(scope="module")
+def quick_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The path of a Python that has imported already what `weft` needs."""
+    with interpreter(tmp_path_factory.mktemp("python")) as path:
+        yield str(path)

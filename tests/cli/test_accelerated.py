@@ -105,12 +105,12 @@ def test_a_deepspeed_config_file_is_read_for_what_it_says(tmp_path):
 # ---- The launchers themselves --------------------------------------------------------------------------------------
 
 
-def launched(*command: str) -> subprocess.CompletedProcess[str]:
-    """A launcher of this installation, with weft as its program."""
+def launched(*command: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
+    """A launcher of this installation, with weft as its program. python: of the ranks."""
     program = Path(sys.executable).with_name(command[0])
     if not program.exists():
         pytest.skip(f"{command[0]} is not installed")
-    quiet = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    quiet = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHON_EXEC": python}
     return subprocess.run(
         [str(program), *command[1:]], capture_output=True, text=True, timeout=250, env=quiet, check=False
     )
@@ -127,7 +127,7 @@ KINDS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_accelerate_launch_trains_on_two_processes_as_its_config_says(run_yaml, tmp_path, kind):
+def test_accelerate_launch_trains_on_two_processes_as_its_config_says(run_yaml, tmp_path, quick_python, kind):
     if kind == "deepspeed":
         pytest.importorskip("deepspeed")
     config = tmp_path / "accelerate.yaml"
@@ -135,7 +135,8 @@ def test_accelerate_launch_trains_on_two_processes_as_its_config_says(run_yaml, 
     plain = yaml.safe_load(run_yaml.read_text())
     run_yaml.write_text(yaml.safe_dump({**plain, "engine": {"device": "cpu"}}))  # which leaves the kind open
     short = ["schedule.steps=1", "schedule.warmup=0", "save.formats=[peft]"]
-    done = launched("accelerate", "launch", "--config_file", str(config), "-m", "weft", "train", str(run_yaml), *short)
+    command = ["accelerate", "launch", "--config_file", str(config), "-m", "weft", "train", str(run_yaml), *short]
+    done = launched(*command, python=sys.executable if kind == "fsdp" else quick_python)
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "runs" / "run"
     resolved = yaml.safe_load((run / "config.yaml").read_text())
@@ -145,10 +146,11 @@ def test_accelerate_launch_trains_on_two_processes_as_its_config_says(run_yaml, 
     assert done.stdout.count("adapter: ") == 1 and done.stderr.count("training run: step 0 of 1") == 1
 
 
-def test_under_torchrun_a_users_mistake_is_told_once_for_all_ranks(run_yaml, tmp_path):
+def test_under_torchrun_a_users_mistake_is_told_once_for_all_ranks(run_yaml, tmp_path, quick_python):
     broken = shutil.copy(run_yaml, tmp_path / "broken.yaml")
     mistakes = ["adapter.rnak=4", "schedule.steps=0"]
-    done = launched("torchrun", "--nproc-per-node", "2", "-m", "weft", "train", str(broken), *mistakes)
+    done = launched("torchrun", "--nproc-per-node", "2", "-m", "weft", "train", str(broken), *mistakes,
+                    python=quick_python)  # fmt: skip
     told = [line for line in done.stderr.splitlines() if "error: " in line]
     assert len(told) == 2 and "rnak" in done.stderr and "schedule.steps" in done.stderr
     assert done.stderr.count("exitcode  : 2") + done.stderr.count("exitcode  : -15") == 2

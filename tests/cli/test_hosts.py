@@ -57,10 +57,10 @@ def cable() -> Iterator[None]:
 class Host:
     """weft train on one of the hosts, with all its processes in one group."""
 
-    def __init__(self, number: int, config: Path, log: Path) -> None:
+    def __init__(self, number: int, config: Path, log: Path, python: str) -> None:
         options = ["--processes", "1", "--nodes", "1:2", "--node-rank", str(number), "--patience", "3",
                    "--rendezvous", f"{ADDRESSES[0]}:29400"]  # fmt: skip
-        command = [sys.executable, "-m", "weft", "train", *options, str(config)]
+        command = [python, "-m", "weft", "train", *options, str(config)]
         shell = 'hostname "$0" && exec "$@"'
         within = ["ip", "netns", "exec", NAMES[number], "unshare", "--uts", "sh", "-c", shell, f"host{number}"]
         self.number, self.log = number, log
@@ -96,12 +96,14 @@ def steps(run: Path) -> int:
 
 
 @pytest.mark.timeout(600)
-def test_a_host_is_cut_off_and_comes_back_and_the_run_goes_on_from_its_checkpoints(cable, run_yaml, tmp_path):
+def test_a_host_is_cut_off_and_comes_back_and_the_run_goes_on_from_its_checkpoints(
+    cable, run_yaml, tmp_path, quick_python
+):
     plain = yaml.safe_load(run_yaml.read_text())
     schedule = {"steps": 100_000, "global_batch": 4}
     run_yaml.write_text(yaml.safe_dump(merged(plain, {"schedule": schedule, "save": {"every": 5}})))
     run = tmp_path / "runs" / "run"
-    hosts = [Host(number, run_yaml, tmp_path / f"host{number}.log") for number in (0, 1)]
+    hosts = [Host(number, run_yaml, tmp_path / f"host{number}.log", sys.executable) for number in (0, 1)]
     try:
         until(lambda: starts(run), hosts)
         until(lambda: (run / "checkpoints" / "global_step_5").is_dir(), hosts)
@@ -117,7 +119,7 @@ def test_a_host_is_cut_off_and_comes_back_and_the_run_goes_on_from_its_checkpoin
         assert "gave no sign of life" in hosts[0].log.read_text()
 
         ip("-n", NAMES[1], "link", "set", "veth0", "up")
-        hosts[1] = Host(1, run_yaml, tmp_path / "host1.again.log")
+        hosts[1] = Host(1, run_yaml, tmp_path / "host1.again.log", quick_python)
         until(lambda: len(starts(run)) == 3, hosts)
         again = starts(run)[2]
         assert again["world"] == 2 and again["step"] > alone["step"]

@@ -122,11 +122,13 @@ def test_two_processes_train_two_adapters_on_two_halves_and_tell_how_to_merge_th
 
 
 @pytest.mark.slow
-def test_ctrl_c_reaches_each_process_once_all_save_and_the_same_command_goes_on(run_yaml, tmp_path, start):
+def test_ctrl_c_reaches_each_process_once_all_save_and_the_same_command_goes_on(
+    run_yaml, tmp_path, start, quick_python
+):
     runs = [tmp_path / "runs" / f"run_gpu{i}" for i in (0, 1)]
     command = ("train", "--independent", "--processes", "2", str(run_yaml), "schedule.steps=2000", "save.every=0",
                IN_MEMORY)  # fmt: skip
-    process = start(*command)
+    process = start(*command, PYTHON_EXEC=quick_python)
     wait_for_steps(runs, 2, process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
     said, _ = process.communicate(timeout=100)
@@ -135,7 +137,7 @@ def test_ctrl_c_reaches_each_process_once_all_save_and_the_same_command_goes_on(
     ends = [events_of(run, "run_ended")[-1] for run in runs]
     assert [end["outcome"] for end in ends] == ["stopped", "stopped"]
     assert all((run / "checkpoints" / f"global_step_{e['step']}").is_dir() for run, e in zip(runs, ends, strict=True))
-    again = start(*command)
+    again = start(*command, PYTHON_EXEC=quick_python)
     wait_for_steps(runs, max(end["step"] for end in ends) + 1, again)
     again.send_signal(signal.SIGTERM)
     said, _ = again.communicate(timeout=100)
@@ -144,12 +146,12 @@ def test_ctrl_c_reaches_each_process_once_all_save_and_the_same_command_goes_on(
 
 
 @pytest.mark.slow
-def test_one_that_fails_is_told_while_the_other_finishes(run_yaml, tmp_path, start):
+def test_one_that_fails_is_told_while_the_other_finishes(run_yaml, tmp_path, start, quick_python):
     taken = tmp_path / "runs" / "run_gpu1"
     taken.mkdir(parents=True)
     living = {"pid": os.getpid(), "born": born(os.getpid()), "host": platform.node(), "started": 0}
     (taken / "process.rank0.json").write_text(json.dumps(living))
-    process = start("train", "--independent", "--processes", "2", str(run_yaml), IN_MEMORY)
+    process = start("train", "--independent", "--processes", "2", str(run_yaml), IN_MEMORY, PYTHON_EXEC=quick_python)
     said, _ = process.communicate(timeout=200)
     assert process.returncode == 2, said
     assert f"[gpu 1] error: {taken}: process {os.getpid()} trains in this run folder" in said

@@ -117,7 +117,7 @@ esac
 @pytest.fixture
 def cluster(tmp_path: Path) -> dict[str, str]:
     """The environment of a batch job on a cluster of one host."""
-    programs = {"srun": SRUN, "scontrol": SCONTROL, "weft": f'#!/bin/sh\nexec {sys.executable} -m weft "$@"\n'}
+    programs = {"srun": SRUN, "scontrol": SCONTROL, "weft": '#!/bin/sh\nexec "$PYTHON" -m weft "$@"\n'}
     (tmp_path / "bin").mkdir()
     for name, text in programs.items():
         (tmp_path / "bin" / name).write_text(text)
@@ -126,9 +126,10 @@ def cluster(tmp_path: Path) -> dict[str, str]:
             "SLURM_JOB_NODELIST": "localhost", "REQUEUED": f"{tmp_path}/requeued", "OMP_NUM_THREADS": "1"}  # fmt: skip
 
 
-def submitted(script: Path, cluster: dict[str, str]) -> subprocess.Popen[str]:
+def submitted(script: Path, cluster: dict[str, str], python: str) -> subprocess.Popen[str]:
+    environment = {**cluster, "PYTHON": python}
     return subprocess.Popen(
-        ["bash", str(script)], env=cluster, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ["bash", str(script)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
@@ -140,21 +141,23 @@ def trained(config: Path, overrides: list[str]) -> Path:
 
 
 @pytest.mark.slow
-def test_a_preempted_job_comes_back_and_ends_with_the_adapter_of_an_unbroken_one(run_yaml, cluster, tmp_path):
+def test_a_preempted_job_comes_back_and_ends_with_the_adapter_of_an_unbroken_one(
+    run_yaml, cluster, tmp_path, quick_python
+):
     script, common = tmp_path / "broken.sbatch", ["schedule.steps=60", "save.every=0"]
     own = ["--out", str(script), "name=broken", *common]
     assert main(["launch", str(run_yaml), "--slurm", "--processes", "2", *own]) == 0
     unbroken, _ = spawn(2, trained, run_yaml, ["name=unbroken", *common])
     run = tmp_path / "runs" / "broken"
     log, finished = run / "events.rank0.jsonl", run / "adapter" / "adapter_model.safetensors"
-    job = submitted(script, cluster)
+    job = submitted(script, cluster, sys.executable)
     while not (log.is_file() and any(event["event"] == "step" for event in read_events(log))) and job.poll() is None:
         time.sleep(0.05)
     job.send_signal(signal.SIGTERM)  # to the script alone, as --signal=B: says
     said, _ = job.communicate(timeout=120)
     assert job.returncode == 143, said
     assert (tmp_path / "requeued").read_text() == "again\n" and not finished.exists(), said
-    job = submitted(script, cluster)
+    job = submitted(script, cluster, quick_python)
     said, _ = job.communicate(timeout=120)
     assert job.returncode == 0 and "resumed from" in said, said
     whole, broken = load_file(unbroken), load_file(finished)

@@ -120,6 +120,7 @@ def test_a_run_in_the_background_is_followed_stopped_and_goes_on(run_yaml, tmp_p
 
 
 @pytest.mark.slow
-def test_a_refusal_in_the_background_is_shown_in_front(run_yaml, capsys):
+def test_a_refusal_in_the_background_is_shown_in_front(run_yaml, capsys, monkeypatch, quick_python):
+    monkeypatch.setattr(sys, "executable", quick_python)
     assert main(["train", "--detach", str(run_yaml), "resume=latest"]) == 2
     assert "has no whole checkpoint" in capsys.readouterr().err
