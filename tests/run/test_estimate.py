@@ -2,6 +2,7 @@
 
 import resource
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,18 @@ OFFLOAD = {"recompute": True, "offload_inputs": True}
 SELECTIVE = {"recompute": "selective"}
 AWAY = {"offload_activations": True}
 STATISTICS = 2 * SMALL.tokens * 4  # bytes that a norm holds of an item: mean and deviation of each token in fp32
+
+
+@pytest.fixture(scope="module")
+def hunyuan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two double blocks and three single ones."""
+    return make_hunyuan(tmp_path_factory.mktemp("hunyuan") / "model", 2, 3)
+
+
+@pytest.fixture(scope="module")
+def five(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Wan of five blocks."""
+    return make_wan(tmp_path_factory.mktemp("five") / "model", layers=5)
 
 
 # ---- Activations ----------------------------------------------------------------------------------------------------
@@ -51,24 +64,25 @@ def test_a_rehearsal_holds_what_a_real_step_holds(world, tmp_path, backend, engi
 
 
 @pytest.mark.parametrize("dtype", ["fp8", "int8"])
-def test_weights_that_are_decoded_are_there_while_they_are_multiplied(tmp_path, dtype):
+def test_weights_that_are_decoded_are_there_while_they_are_multiplied(hunyuan, tmp_path, dtype):
     """A twelfth of what a small HunyuanVideo holds of one image."""
-    image, model = Bucket(frames=1, height=64, width=64, tokens=16), make_hunyuan(tmp_path / "model", 2, 3)
+    image = Bucket(frames=1, height=64, width=64, tokens=16)
     change: dict[str, Any] = {"engine": RECOMPUTE, "data": {"batch_size": 1}}
     plain, packed = (
-        small_config(tmp_path, model, family={"kind": "hunyuan-video", "dtype": each}, **change)
+        small_config(tmp_path, hunyuan, family={"kind": "hunyuan-video", "dtype": each}, **change)
         for each in ("auto", dtype)
     )
     kept, peak = really_held(packed, image)
-    assert (held(packed, image).kept, held(packed, image).peak) == (kept, peak)
+    found = held(packed, image)
+    assert (found.kept, found.peak) == (kept, peak)
     assert peak > 1.05 * held(plain, image).peak
 
 
 @pytest.mark.parametrize("kind", ["i2v21", "ti2v", "experts", "hunyuan"])
-def test_every_family_is_rehearsed_with_all_that_it_is_told(tmp_path, kind):
+def test_every_family_is_rehearsed_with_all_that_it_is_told(hunyuan, tmp_path, kind):
     """An image, a time for each token, a mask of the text, one of two experts."""
     if kind == "hunyuan":
-        model, family = make_hunyuan(tmp_path / "model", 2, 3), {"kind": "hunyuan-video"}
+        model, family = hunyuan, {"kind": "hunyuan-video"}
     else:
         model, family = make_wan(tmp_path / "model", kind=kind), {"expert": "both"} if kind == "experts" else {}
     config = small_config(tmp_path, model, engine=RECOMPUTE, family=family)
@@ -99,17 +113,18 @@ def test_what_is_kept_grows_with_the_batch(world, tmp_path):
     assert activations(three, SMALL) == pytest.approx(3 * activations(one, SMALL), rel=0.1)  # rotary tables are shared
 
 
-def test_each_further_block_costs_a_recomputing_run_its_input_and_an_offloading_one_next_to_nothing(world, tmp_path):
+def test_each_further_block_costs_a_recomputing_run_its_input_and_an_offloading_one_next_to_nothing(
+    world, five, tmp_path
+):
     """72 tokens of width 24 in fp32 for each of 2 items; one norm, and a block's six rows of modulation and one more,
     stay where they are: of what follows attention nothing does. Their share falls with the width: it is a hundredth at
     1536."""
-    deep = make_wan(tmp_path / "deep", layers=5)
     inputs = 3 * 2 * SMALL.tokens * WIDTH * 4
     stays = 3 * 2 * (STATISTICS + 7 * WIDTH * 4)
     for engine, more in ((RECOMPUTE, inputs + stays), (OFFLOAD, stays)):
-        two, five = (small_config(tmp_path, model, engine=engine) for model in (world / "model", deep))
-        assert activations(five, SMALL) - activations(two, SMALL) == more
-        assert really_held(five, SMALL)[0] - really_held(two, SMALL)[0] == more
+        short, deep = (small_config(tmp_path, model, engine=engine) for model in (world / "model", five))
+        assert activations(deep, SMALL) - activations(short, SMALL) == more
+        assert really_held(deep, SMALL)[0] - really_held(short, SMALL)[0] == more
 
 
 def test_a_long_row_of_equal_blocks_is_rehearsed_in_short(world, tmp_path, monkeypatch):
@@ -120,14 +135,13 @@ def test_a_long_row_of_equal_blocks_is_rehearsed_in_short(world, tmp_path, monke
     assert short == held(config, SMALL)
 
 
-def test_blocks_that_are_not_adapted_alike_are_rehearsed_one_by_one(world, tmp_path):
-    config = small_config(
-        tmp_path, make_wan(tmp_path / "five", layers=5), adapter={"targets": r"blocks\.[34]\.attn1.*"}
-    )
+def test_blocks_that_are_not_adapted_alike_are_rehearsed_one_by_one(five, tmp_path):
+    config = small_config(tmp_path, five, adapter={"targets": r"blocks\.[34]\.attn1.*"})
     assert equal_blocks(config) == 0
     kept, peak = really_held(config, SMALL)
-    assert held(config, SMALL).kept == pytest.approx(kept, rel=0.01)
-    assert held(config, SMALL).peak == pytest.approx(peak, rel=0.01)
+    found = held(config, SMALL)
+    assert found.kept == pytest.approx(kept, rel=0.01)
+    assert found.peak == pytest.approx(peak, rel=0.01)
 
 
 def test_between_the_smallest_and_the_largest_bucket_memory_is_linear_in_tokens(world, tmp_path):
@@ -179,10 +193,9 @@ def test_more_streamed_blocks_than_there_are_is_refused_before_weights_are_read(
         estimate(config, [SMALL], {})
 
 
-def test_streamed_weights_are_where_the_estimate_says(world, tmp_path):
+def test_streamed_weights_are_where_the_estimate_says(five, tmp_path):
     """Padding of a parcel's tensors to 256 bytes counts for much on blocks so small."""
-    model = make_wan(tmp_path / "five", layers=5)
-    config = small_config(tmp_path, model, engine={"recompute": True, "stream_blocks": 4})
+    config = small_config(tmp_path, five, engine={"recompute": True, "stream_blocks": 4})
     learner = learner_of(config)
     (stream,) = learner.engine.streams
     found = estimate(config, [SMALL], {})[SMALL]

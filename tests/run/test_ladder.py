@@ -114,6 +114,14 @@ def test_a_step_that_a_later_one_makes_needless_is_not_offered(world, tmp_path):
     assert without_idle(need, both, both[-1].after.estimate.total) == both
 
 
+def test_a_change_of_the_engine_leaves_the_family_with_all_that_it_knows_of_its_files(world, tmp_path):
+    config = small_config(tmp_path, world / "model")
+    engine, weights = (changed_config(config, {key: value}) for key, value in
+                       (("engine.recompute", True), ("family.dtype", "fp8")))  # fmt: skip
+    assert engine is not None and engine.family is config.family and engine.engine.recompute is True
+    assert weights is not None and weights.family is not config.family and weights.family.dtype == "fp8"
+
+
 def test_large_clips_are_taken_one_by_one_before_anything_is_computed_twice(world, tmp_path):
     need = needed(small_config(tmp_path, world / "model"), SMALL, Card(gpu=True, memory=None))
     large = replace(need, shape=Bucket(frames=33, height=512, width=512, tokens=9 * 16 * 16 * 4))

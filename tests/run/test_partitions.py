@@ -14,6 +14,7 @@ from weft.adapters.modules import layers_of
 from weft.engines.compiling import Compiler, Region
 from weft.engines.recompute import attends
 from weft.families.lean_wan import lean_blocks
+from weft.run.blocks import BUDGETS
 from weft.run.partitions import Accounts, Parted, operations_of
 from weft.run.rehearsal import let_be_fake
 
@@ -74,6 +75,11 @@ def test_at_a_budget_of_one_half_nothing_is_done_twice_but_attention_to_the_text
     assert nd(block, 0.5) < 15
     assert block.more(0.5) < 0.02
     assert not twice(block, 1.0) and block.more(1.0) == 0
+
+
+def test_a_smaller_budget_never_keeps_more_so_the_largest_that_fits_is_found_by_halves(block):
+    kept = [block.saved(budget) for budget in BUDGETS]
+    assert kept == sorted(kept, reverse=True)
 
 
 def test_attention_among_all_tokens_is_done_twice_at_a_budget_of_nothing_alone(block):

@@ -178,7 +178,8 @@ def changed_config(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig |
         changed = RunConfig.model_validate(plain)
     except ValidationError:
         return None
-    return changed
+    # The same family knows already what its files hold and what its weights take.
+    return changed if changed.family != config.family else changed.model_copy(update={"family": config.family})
 
 
 def spelled(value: object) -> str:

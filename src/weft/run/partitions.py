@@ -75,6 +75,7 @@ class Parted:
     options: Mapping[str, Any] = field(default_factory=dict)
     _saved: dict[float, int] = field(default_factory=dict)
     _operations: dict[float, int] = field(default_factory=dict)
+    _forward: dict[float, int] = field(default_factory=dict)  # of these, the forward pass's but for its attention
 
     def part(self, joint: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
         """What torch.compile asks of a partitioner. Torch parts in place, so a copy stays."""
@@ -93,6 +94,8 @@ class Parted:
     def _note(self, budget: float, parts: Parts) -> None:
         self._saved[budget] = self._bytes(parts[0])
         self._operations[budget] = sum(operations_of(part.graph) for part in parts)
+        forward = [node for node in parts[0].graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+        self._forward[budget] = sum(_operations(node) for node in forward if not attends_at_all(node))
 
     def saved(self, budget: float) -> int:
         """Bytes that one forward pass keeps, beside weights and what all blocks are given alike."""
@@ -112,9 +115,9 @@ class Parted:
         """Operations of the forward pass but its attention, as a share of those that both passes must do."""
         if self.joint is None:
             return 0.0
+        self.saved(1.0)
         once = operations_of(self.joint.graph)
-        nodes = [node for node in self.parts(1.0)[0].graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
-        return sum(_operations(node) for node in nodes if not attends_at_all(node)) / once if once else 0.0
+        return self._forward[1.0] / once if once else 0.0
 
     def counting(self, run: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any) -> Any:

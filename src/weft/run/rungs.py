@@ -1,6 +1,7 @@
 """The ways to need less device memory, the cheapest first, each with what it changes and what it costs."""
 
 import os
+from bisect import bisect_left
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,23 +99,30 @@ def cached(need: Need, limit: int) -> Step | None:
 
 def budgeted(need: Need, limit: int) -> Step | None:
     """The largest memory budget of compiled blocks that suffices; none where less than that is needed, or where it
-    computes more again than selective recomputation, which suffices too."""
+    computes more again than selective recomputation, which suffices too. A smaller budget never keeps more."""
     engine = need.config.engine
     if engine.kind != "torch" or engine.recompute or need.layout.sequence > 1 or not need.card.gpu:
         return None
     if too_much_without_activations(need, limit) or "functional" in need.config.objective.needs:
         return None
-    for budget in BUDGETS:
-        changes = {"engine.compile": True, "engine.activation_budget": budget}
-        changed = changed_engine(need.config, compile=True, activation_budget=budget)
-        if need.of(changed, need.shape).estimate.total <= limit:
-            found = need.found(changed)
-            more = more_at(found, budget)
-            if more > again_of(found) and selected(need, limit) is not None:
-                return None
-            cost = f"a minute or more to compile; {more:.0%} more multiplications; gradients equal to rounding"
-            return Step("budget", changes, cost)
-    return None
+
+    def under(budget: float) -> RunConfig:
+        return changed_engine(need.config, compile=True, activation_budget=budget)
+
+    def fits(budget: float) -> bool:
+        return need.of(under(budget), need.shape).estimate.total <= limit
+
+    # Under the first, all is kept: the rehearsal knows it. For each other that is asked about, torch parts anew.
+    place = 0 if fits(BUDGETS[0]) else bisect_left(BUDGETS, True, lo=1, key=fits)
+    if place == len(BUDGETS):
+        return None
+    budget = BUDGETS[place]
+    found = need.found(under(budget))
+    more = more_at(found, budget)
+    if more > again_of(found) and selected(need, limit) is not None:
+        return None
+    cost = f"a minute or more to compile; {more:.0%} more multiplications; gradients equal to rounding"
+    return Step("budget", {"engine.compile": True, "engine.activation_budget": budget}, cost)
 
 
 def selected(need: Need, limit: int) -> Step | None:
