@@ -18,6 +18,7 @@ from weft.contracts import Batch, NoState, Rng
 from weft.data.buckets import Bucket
 from weft.errors import RunError
 from weft.events import Event, PhaseStarted
+from weft.families.memory import returned_at_once
 from weft.run.checks import check
 from weft.run.ladder import remedies
 from weft.run.shortage import OutOfMemory, explained, is_shortage, naming
@@ -42,7 +43,8 @@ def run_short(root: Path, model: Path, doing: str, room: int) -> None:
     shape = (8, 16, 5, 30, 52)
     batch = Batch({"latents": torch.randn(shape), "text": torch.randn(8, 5, 128), "noise": torch.randn(shape),
                    "t": torch.rand(8)}, tuple("abcdefgh"))  # fmt: skip
-    with explained(config), learner.model.adapters.use(ROLE):
+    # What earlier tensors left free in the heap would serve as room.
+    with returned_at_once(), explained(config), learner.model.adapters.use(ROLE):
         if doing == "forward":
             limit_memory(room)
         with naming("forward", CPU, shape):
@@ -55,9 +57,9 @@ def run_short(root: Path, model: Path, doing: str, room: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the address space of a process so")
-@pytest.mark.parametrize(("doing", "room"), [("forward", 60 << 20), ("backward", 10 << 20)])
+@pytest.mark.parametrize(("doing", "room"), [("forward", 20 << 20), ("backward", 2 << 20)])
 def test_a_real_shortage_ends_with_bucket_phase_peak_and_three_remedies(world, tmp_path, doing, room):
-    """15600 tokens of width 24 keep some 300 MB of a small network; the process gets less than that."""
+    """15600 tokens of width 24 keep more of a small network than the process gets, and so does going back."""
     with pytest.raises(RankFailed) as failed:
         spawn(1, run_short, tmp_path, world / "model", doing, room, timeout=300)
     said = str(failed.value)
