@@ -1,9 +1,11 @@
-"""A compiled block of Wan 2.1 1.3B with LoRA on all linear layers: what it keeps and does twice at each budget.
+"""A compiled block of Wan 2.1 1.3B with LoRA on all linear layers: what it keeps, does twice and moves at each budget.
 
     python benchmarks/compiled_blocks.py --json benchmarks/results/compiled-blocks-cpu.json
 
 Told by torch's partitioner on fake tensors of 81 frames at 480x832. In Nd: one tensor of N tokens and width d in the
-dtype that is computed in. What is kept has the block's input in it, 1 Nd that the block before has made.
+dtype that is computed in. What is kept has the block's input in it, 1 Nd that the block before has made. What is moved
+is inductor's own account of the kernels that it makes for this processor and of the operators that it calls, products
+and attention included; nothing is run, but it needs a C++ compiler.
 """
 
 import argparse
@@ -17,7 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config
 from torch import fx
+from torch._inductor.compile_fx import compile_fx_inner
+from torch._inductor.graph import GraphLowering
+from torch._inductor.scheduler import ExternKernelSchedulerNode
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from block_counts import FFN, HEADS, RANK, WIDTH, lean
@@ -83,17 +89,47 @@ def kept(dtype: torch.dtype, backend: Any) -> dict[str, Any]:
     assert parted.joint is not None
     once = work_of(parted.joint.graph)
     rows: dict[str, Any] = {}
+    nd = CLIP * WIDTH * dtype.itemsize
     for budget in BUDGETS:
-        works = [work_of(part.graph) for part in parted.parts(budget)]
+        parts = parted.parts(budget)
+        works = [work_of(part.graph) for part in parts]
         attention = sum((work.attention for work in works), Counter()) - once.attention
+        traffic = [moved(part, backward) for backward, part in enumerate(parts)] if dtype is torch.bfloat16 else []
         rows[f"{budget:g}"] = {
-            "saved_nd": round(parted.saved(budget) / (CLIP * WIDTH * dtype.itemsize), 2),
+            "saved_nd": round(parted.saved(budget) / nd, 2),
             "products_twice": sum(work.large for work in works) - once.large,
             "thin_products_twice": sum(work.thin for work in works) - once.thin,
             "self_attention_twice": attention[CLIP],
             "cross_attention_twice": attention[TEXT],
+            "moved_nd": [{kind: round(count / nd, 1) for kind, count in each.items()} for each in traffic],
         }
     return {"products": once.large, "thin_products": once.thin, "budgets": rows}
+
+
+# ---- What is moved ---------------------------------------------------------------------------------------------------
+
+
+def moved(part: fx.GraphModule, backward: bool) -> dict[str, int]:
+    """Bytes that inductor's kernels and calls for one pass read and write: all, and its own kernels' of these."""
+    found: list[dict[str, int]] = []
+    make = GraphLowering.compile_to_module
+
+    def counted(graph: GraphLowering) -> Any:
+        module = make(graph)
+        sizes = {node: node.get_read_write_buffers_sizes() for node in graph.scheduler.nodes}
+        own = sum(size for node, size in sizes.items() if not isinstance(node, ExternKernelSchedulerNode))
+        found.append({"all": sum(sizes.values()), "own": own})
+        return module
+
+    inputs = [node.meta["val"] for node in part.graph.nodes if node.op == "placeholder"]
+    GraphLowering.compile_to_module = counted  # type: ignore[method-assign]
+    try:
+        with torch._inductor.config.patch(fx_graph_cache=False):
+            compile_fx_inner(part, inputs, is_backward=backward)
+    finally:
+        GraphLowering.compile_to_module = make  # type: ignore[method-assign]
+    (total,) = found
+    return total
 
 
 def main() -> None:
@@ -111,7 +147,7 @@ def main() -> None:
         "processor": processor(),
         "versions": {name: version(name) for name in ("weft", "torch", "diffusers")},
         "case": f"Wan block d={WIDTH} f={FFN}, rank {RANK} on all linear layers, {CLIP} tokens, {TEXT} of text",
-        "bars": {"saved_nd at 0.5": 13.5},
+        "bars": {"saved_nd at 0.5": 13.5, "moved_nd": [110, 150]},
         "rows": rows,
     }
     if arguments.json:

@@ -78,17 +78,16 @@ def compiled() -> str:
     if figures is None:
         return missing(command)
     row = figures["rows"][HALF]
-    moved = row.get("moved_nd", {})
     rows = [
         [
             budget, each["saved_nd"], f"{each['products_twice']} of {row['products']}", each["self_attention_twice"],
             each["cross_attention_twice"],
-            f"{moved[name]['forward']} / {moved[name]['backward']}" if (name := f"{float(budget):g}") in moved else "",
+            *(" / ".join(f"{part[kind]:.0f}" for part in each["moved_nd"]) for kind in ("own", "all")),
         ]
         for budget, each in row["budgets"].items()
     ]  # fmt: skip
     head = ["`engine.activation_budget`", "kept, Nd", "large products done twice", "self-attention twice",
-            "cross-attention twice", "all bytes, Nd, forward / backward"]  # fmt: skip
+            "cross-attention twice", "moved by own kernels, Nd, forward / backward", "moved by all"]  # fmt: skip
     return f"{table(head, rows)}\n\n{figures['case']}; {machine(figures)}"
 
 
@@ -145,6 +144,8 @@ def _bars() -> Iterator[Row]:
     layer = _block("Qwen3 layer", read("text-counts.json"), ("15 Nd", "- / 130", "- / 300 Nd"))
     yield from ([*row, "`benchmarks/text_counts.py`"] for row in layer)
     yield ["kept per Wan block, compiled, budget 0.5", "13.5 Nd", *_compiled(read("compiled-blocks-cpu.json"))]
+    yield ["bytes of a compiled Wan block, products too, forward / backward", "110 / 150 Nd",
+           *_moved(read("compiled-blocks-cpu.json"))]  # fmt: skip
     yield ["LoRA forward + backward ÷ frozen linear, r = 32", "1.10", *_lora(read("lora-path-cpu.json"))]
     yield ["own loop ÷ bare loop", "1.02", *_loop(read("overhead-cpu.json"))]
     yield ["optimizer, clip, clear: 600 tensors", "2.5 ms", *_optimizer(read("optimizer-cpu.json"))]
@@ -178,6 +179,18 @@ def _compiled(figures: Any) -> tuple[str, str]:
         f"with {less['products_twice']} of {row['products']} large products done twice"
     )
     return told, command
+
+
+def _moved(figures: Any) -> tuple[str, str]:
+    command = "`benchmarks/compiled_blocks.py`"
+    if figures is None:
+        return "not measured yet", command
+    budgets = figures["rows"][HALF]["budgets"]
+    told = []
+    for budget in ("1", "0.5"):
+        passes = [f"{each['all']:.0f}" for each in budgets[budget]["moved_nd"]]
+        told.append(f"{' / '.join(passes)} Nd at budget {budget}")
+    return ", ".join(told), command
 
 
 def _lora(figures: Any) -> tuple[str, str]:
