@@ -104,12 +104,11 @@ def rms_normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _followed_self_attention(
     q: Tensor, k: Tensor, v: Tensor, of_q: Tensor, of_k: Tensor, turn: Tensor, heads: Heads
 ) -> Tensor:
-    (cos, sin), root = turn.unbind(), sqrt(q.shape[-1])
-    # Divided after the turn: tables of their own size in each block would be kept for its backward pass.
-    asked, keys = (
-        (turned(heads.split(rms_normed(x, weight, heads.eps)), cos, sin) / root).to(x.dtype)
-        for x, weight in ((q, of_q), (k, of_k))
-    )
+    # A compiled block divides in the kernel that turns: tables of its own it would keep for its backward pass.
+    root, before = sqrt(q.shape[-1]), not torch.compiler.is_compiling()
+    cos, sin = (turn / root if before else turn).unbind()
+    asked, keys = (turned(heads.split(rms_normed(x, w, heads.eps)), cos, sin) for x, w in ((q, of_q), (k, of_k)))
+    asked, keys = (y.to(q.dtype) if before else (y / root).to(q.dtype) for y in (asked, keys))
     return _attended(asked, keys, heads.split(v), heads)
 
 
