@@ -18,7 +18,7 @@ from weft.events import Event, Notice, StepEnded
 from weft.formats.reading import read_adapter
 from weft.math.lowrank import delta_weight
 from weft.run import health as module
-from weft.run.health import FILE, Health
+from weft.run.health import FILE, Health, append
 from weft.run.learner import Learner
 from weft.run.start import train_run
 
@@ -262,3 +262,12 @@ def test_each_role_has_a_line_of_its_own_and_its_own_recipe(model, tmp_path):
     assert {role: line["kind"] for role, line in found.items()} == {"student": "lora", "critic": "full"}
     assert found["critic"]["rank"] is None and found["student"]["rank"] == 4
     assert isinstance(config.adapter_of("student"), Lora) and None not in found["critic"]["change"]
+
+
+def test_lines_are_added_to_a_file_whose_folder_nobody_has_made_yet_and_behind_a_torn_one(tmp_path):
+    path = tmp_path / "run" / FILE
+    append(path, [{"step": 1}])
+    with path.open("a") as file:
+        file.write('{"ste')
+    append(path, [{"step": 2}])
+    assert path.read_text().splitlines() == ['{"step": 1}', '{"ste', '{"step": 2}']

@@ -81,7 +81,8 @@ def rounded(value: float | None) -> float | None:
 
 
 def append(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Add lines of JSON to a file, beginning a new one where a process was killed within one."""
+    """Add lines of JSON to a file, beginning a new one where a process was killed within one. Makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)  # which the checkpoint that is written meanwhile may make first
     torn = path.is_file() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
     text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
     with path.open("a") as file:
