@@ -1,5 +1,8 @@
 """Reading by time, cutting to a shape, and telling what is wrong with a file, all on files made on the spot."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -213,6 +216,26 @@ def test_a_written_video_is_read_back_with_its_colours(tmp_path):
     back = read_video(tmp_path / "new" / "a.mp4", Cut(24, 9, 64, 96))
     assert np.abs(back.astype(int) - frames).max() <= 4  # 8-bit YUV rounds; the wrong matrix is off by 16
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.mp4"]
+
+
+WRITTEN = """
+import sys
+from pathlib import Path
+import numpy as np
+from PIL import Image
+from weft.data.media import write_video
+small = np.random.default_rng(2).integers(0, 256, (9, 8, 8, 3), dtype=np.uint8)
+write_video(Path(sys.argv[1]), np.stack([np.asarray(Image.fromarray(frame).resize((64, 64))) for frame in small]), 16)
+"""
+
+
+def test_the_same_frames_become_the_same_bytes_whatever_stood_in_memory_before(tmp_path):
+    """glibc fills what it hands out with a byte that is named by an environment variable."""
+    files = [tmp_path / f"{filled}.mp4" for filled in (0, 85, 170)]
+    for file in files:
+        filled = {**os.environ, "MALLOC_PERTURB_": file.stem}
+        subprocess.run([sys.executable, "-c", WRITTEN, str(file)], env=filled, check=True)
+    assert len({file.read_bytes() for file in files}) == 1
 
 
 def test_a_write_that_fails_leaves_no_file_and_the_old_one_as_it_was(tmp_path):

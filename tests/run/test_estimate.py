@@ -250,3 +250,16 @@ def test_a_budget_of_compiled_blocks_counts_for_what_they_send_to_the_host(tmp_p
     whole, little = found.at(1.0), found.at(0.1)
     assert whole.host > 1.5 * little.host > 0
     assert whole.peak > little.peak and whole.kept > little.kept
+
+
+@pytest.mark.slow
+def test_a_second_number_of_tokens_is_traced_in_numbers_as_the_first_was(world, tmp_path):
+    """torch traces what it has seen change as a symbol, and a sum of bytes that holds one cannot be compared."""
+    config = small_config(tmp_path, world / "model", engine={"compile": True})
+    between = Bucket(frames=13, height=96, width=128, tokens=4 * 6 * 8)
+    found = [rehearsals(config, shape) for shape in (SMALL, LARGE, between)]
+    kept = [next(iter(each.values())).at(0.5).kept for each in found]
+    assert [type(number) for number in kept] == [int] * 3
+    assert kept[0] < kept[2] < kept[1]
+    (again,) = rehearsals(config, SMALL).values()
+    assert again.at(0.5).kept == kept[0]

@@ -1,6 +1,7 @@
 """Blocks compiled one by one: blocks of a network share their graphs, which keep what a memory budget allows."""
 
 import inspect
+import itertools
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -49,19 +50,24 @@ class Compiler:
 
 @dataclass(eq=False)
 class Region:
-    """The compiled blocks of one network. stopped: why the rest of its calls run as they are, where they do."""
+    """The compiled blocks of one network. stopped: why the rest of its calls run as they are, where they do.
+    any_size: one graph serves all numbers of tokens from the second on; without it each has one of its own, in which
+    all sizes are numbers."""
 
     compiler: Compiler
     limit: int = GRAPHS
+    any_size: bool = True
     stopped: str | None = None
     graphs: int = 0  # compiled so far
     _run: Callable[..., Any] = field(init=False)
 
     def __post_init__(self) -> None:
-        # torch counts graphs by code object: a copy gives each network a count and a lookup of its own.
-        code = _call.__code__.replace(co_name="block")
-        own = types.FunctionType(code, _call.__globals__, "block")
-        self._run = torch.compile(own, fullgraph=True, backend=self._backend, **_limits(self.limit))
+        # torch counts graphs by code object, and remembers by its name which sizes have changed: a copy under a name of
+        # its own gives each network a count, a lookup and a memory of its own.
+        name = f"block_{next(_regions)}"
+        own = types.FunctionType(_call.__code__.replace(co_name=name), _call.__globals__, name)
+        sizes = None if self.any_size else False
+        self._run = torch.compile(own, fullgraph=True, dynamic=sizes, backend=self._backend, **_limits(self.limit))
 
     def _backend(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         self.graphs += 1
@@ -98,6 +104,9 @@ class Region:
     def _stop(self, why: str) -> None:
         self.stopped = why
         self.compiler.tell(f"engine.compile: {why}")
+
+
+_regions = itertools.count()
 
 
 def _call(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -32,7 +32,7 @@ class Traced:
 
     def __init__(self) -> None:
         self.accounts = Accounts()
-        self.region = Region(Compiler(budget=1.0, backend=self.accounts))
+        self.region = Region(Compiler(budget=1.0, backend=self.accounts), any_size=False)
 
 
 @dataclass(frozen=True)
