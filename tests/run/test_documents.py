@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from safetensors.torch import load_file
 
 from tests.small import config_of, merged
 from tests.small_encoders import invented, save_tiny_encoder
-from weft.errors import ConfigError, WeftError
+from weft.cli.independent import refuse_contradictions
+from weft.errors import ConfigError, RunError, WeftError
 from weft.events import Evaluated, Event, Notice, Scored, StepEnded
 from weft.run.documents import last_steps
 from weft.run.plan import plan
@@ -235,6 +237,17 @@ def test_a_plan_knows_steps_classes_and_memory(plain, kind):
     assert memory.activations > 0 and memory.adapter >= 4 * 4 * made.parameters.trainable
 
 
+def test_a_step_that_was_not_finite_is_told_by_rows_and_keeps_no_document(plain):
+    """A batch of token ids, with the tokenizer beside it, is the text."""
+    with pytest.raises(RunError, match="a gradient that is not finite"):
+        run(plain, optimizer={"lr": 1e37}, schedule={"epochs": 4, "incidents": 2})
+    kept = [path for path in (Path(plain["output"]) / "notes" / "incidents").rglob("*") if path.is_file()]
+    assert [path.name for path in kept] == ["incident.rank0.json"] * 2
+    for path in kept:
+        (keys,) = json.loads(path.read_text())["keys"]
+        assert len(keys) > 0 and all(re.fullmatch(r"20\d\d:\d+", key) for key in keys)
+
+
 # ---- What is refused ----
 
 
@@ -246,6 +259,7 @@ def test_a_plan_knows_steps_classes_and_memory(plain, kind):
         ({"objective": {"kind": "next-token"}}, "objective.kind"),
         (merged(of_kind("lamaml"), {"engine": {"recompute": True}}), "engine.recompute: a block that runs again"),
         ({"family": {"dtype": "bf16"}, "engine": {"precision": "bf16"}}, "family.dtype: all weights are trained"),
+        ({"engine": {"kind": "deepspeed", "zero": 3}}, "engine.zero: ZeRO-3 parts frozen weights"),
         ({"data": {"year": "yaer"}}, "none of its 4 columns is called 'yaer'"),
     ],
 )
@@ -253,3 +267,8 @@ def test_what_does_not_go_together_is_refused_before_a_weight_is_read(plain, cha
     with pytest.raises((WeftError, ValueError), match=said):
         run(plain, **change)
     assert not (Path(plain["output"]) / "notes" / "checkpoints").exists()
+
+
+def test_years_are_not_parted_between_independent_runs(plain):
+    with pytest.raises(ConfigError, match=r"documents are learned year by year.*weft train --seeds"):
+        refuse_contradictions(config_of(plain))

@@ -70,6 +70,11 @@ def train_independently(path: Path, overrides: Sequence[str], processes: int | N
 
 def refuse_contradictions(config: "RunConfig") -> None:
     """Raises ConfigError for settings that cannot hold for several processes with one GPU each."""
+    if config.data.medium == "documents":
+        raise ConfigError(
+            "data.kind: documents are learned year by year, and --independent parts what one run learns. For several "
+            "runs: weft train --seeds 0-4; for one on all GPUs: weft launch."
+        )
     if config.engine.kind != "torch":
         raise ConfigError(
             f"engine.kind: '{config.engine.kind}' joins GPUs, and --independent parts them. Leave one out."

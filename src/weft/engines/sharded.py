@@ -109,7 +109,7 @@ class ShardedEngine(SingleEngine):
             address = found.stand_in.data_ptr()
             if address not in metas:
                 empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-                metas[address] = nn.Parameter(empty, requires_grad=False)
+                metas[address] = nn.Parameter(empty, requires_grad=tensor.requires_grad)
             module._parameters[name] = metas[address]
         self._kept.clear()
         return kept
@@ -133,7 +133,7 @@ class ShardedEngine(SingleEngine):
                     kept[path], tensor.device_mesh, tensor.placements, run_check=False,
                     shape=tensor.shape, stride=tensor.stride(),
                 )  # fmt: skip
-                filled[id(tensor)] = nn.Parameter(part, requires_grad=False)
+                filled[id(tensor)] = nn.Parameter(part, requires_grad=tensor.requires_grad)
             module._parameters[name] = filled[id(tensor)]
 
     def _add_up(self, module: nn.Module) -> None:

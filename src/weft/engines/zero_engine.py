@@ -113,7 +113,8 @@ class ZeroEngine(SingleEngine):
 
     def close(self) -> None:
         for optimizer in self.owned.values():
-            optimizer.deepspeed.destroy()
+            if optimizer.deepspeed is not None:  # what failed before it was taken over is to be told, and not this
+                optimizer.deepspeed.destroy()
         if self.gathering is not None:
             self.gathering.end()
         super().close()

@@ -5,6 +5,7 @@ from itertools import accumulate
 from math import ceil
 from typing import Any
 
+from weft.engines.deepspeed import DeepSpeed
 from weft.errors import ConfigError
 from weft.run.config import RunConfig
 from weft.run.estimate import precision_of
@@ -57,6 +58,11 @@ def check_documents(config: RunConfig) -> None:
         raise ConfigError(
             f"schedule.reset_optimizer: engine '{config.engine.kind}' keeps the moments itself. Write "
             "engine.kind=torch, or leave it out."
+        )
+    if isinstance(config.engine, DeepSpeed) and config.engine.zero == 3:
+        raise ConfigError(
+            "engine.zero: ZeRO-3 parts frozen weights between the processes, and of an encoder the head is trained "
+            "whole. Write engine.zero=2, or engine.kind=torch with parallel.shard."
         )
     precision = precision_of(config)
     if not config.adapter.has_base and (kept := config.family.weight_dtype(precision)) != "fp32":

@@ -16,11 +16,13 @@ from weft.run.train import Outcome
 
 @dataclass(frozen=True)
 class Incidents:
-    """Keeps the batches and numbers of skipped steps. limit: how many in a row a run may have."""
+    """Keeps the batches and numbers of skipped steps. limit: how many in a row a run may have. private: a batch can be
+    read as what it was made of, which nobody may: its keys and numbers alone are kept."""
 
     run: Path
     limit: int
     tell: Listener
+    private: bool = False
 
     def skipped(self, learner: Learner, phase: Phase, outcome: Outcome) -> None:
         """Keep the batch and the numbers of a step whose gradient was not finite; stop after too many in a row."""
@@ -49,6 +51,8 @@ class Incidents:
             "metrics": {name: repr(value) for name, value in outcome.metrics.items()},
         }
         write_json(folder / f"incident.rank{learner.engine.rank}.json", facts)
+        if self.private:
+            return folder
         tensors = {
             f"{i}.{name}": t.cpu().contiguous() for i, b in enumerate(outcome.batches) for name, t in b.tensors.items()
         }

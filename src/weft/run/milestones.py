@@ -39,7 +39,8 @@ class Keeper:
 
     def __post_init__(self) -> None:
         self.saver = Saver(self.config, self.inputs, self.provenance, self.tell)
-        self.incidents = Incidents(self.run, self.config.schedule.incidents, self.tell)
+        private = self.config.data.medium == "documents"
+        self.incidents = Incidents(self.run, self.config.schedule.incidents, self.tell, private)
         self.health = Health(self.config, self.tell)
 
     @property

@@ -43,7 +43,7 @@ def test_every_run_of_the_gallery_opens_and_says_its_state(visit: Visit, served:
     assert sorted(names(visit)) == sorted(told) and len(told) == len(folders.GALLERY) - 1
     for run, state in told.items():
         visit.run(run)
-        assert visit.page.locator(".run-head").get_by_test_id("state").get_attribute("data-state") == state
+        expect(visit.page.locator(".run-head").get_by_test_id("state")).to_have_attribute("data-state", state)
 
 
 @pytest.mark.parametrize("tab", TABS[1:])

@@ -60,20 +60,16 @@ def state(visit: Visit) -> Locator:
     return visit.page.locator(".run-head").get_by_test_id("state")
 
 
+STEP = r"() => Number(document.querySelector('[data-testid=step] .fact-value').textContent.replace(/\D/g, ''))"
+
+
 def steps(visit: Visit) -> int:
     """As the run's page says."""
-    return int("".join(filter(str.isdigit, visit.page.locator("[data-testid=step] .fact-value").inner_text())))
+    return visit.page.evaluate(STEP)
 
 
 def grows(visit: Visit) -> None:
-    before = steps(visit)
-    visit.page.wait_for_function(
-        """before => {
-            const told = document.querySelector('[data-testid=step] .fact-value').textContent;
-            return Number(told.replace(/\\D/g, '')) > before;
-        }""",
-        arg=before,
-    )
+    visit.page.wait_for_function(f"before => ({STEP})() > before", arg=steps(visit))
 
 
 def test_a_run_that_begins_appears_in_the_open_list_and_counts_its_steps(visit: Visit, training: str):
@@ -98,7 +94,8 @@ def test_pause_resume_save_and_rate_are_done_and_told(visit: Visit, training: st
     press("control-pause").click()
     expect(state(visit)).to_have_attribute("data-state", "paused", timeout=SOON)
     expect(press("control-pause")).to_have_text("Resume")
-    assert logged(served, training, "step")[-1]["step"] == (at := steps(visit))
+    at = logged(served, training, "step")[-1]["step"]
+    visit.page.wait_for_function(f"at => ({STEP})() === at", arg=at)
     press("control-save").click()
     expect(asked).to_contain_text("checkpoint", timeout=SOON)
     assert (served.root / training / "checkpoints" / f"global_step_{at}").is_dir()
