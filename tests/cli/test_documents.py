@@ -4,14 +4,19 @@ import json
 import os
 import re
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
+from tests.run.test_command import wait_for_checkpoint
 from tests.small_encoders import save_tiny_encoder
 from weft.cli.main import main
+from weft.errors import WeftError
 from weft.run.config import load_config
+from weft.run.start import train_run
 
 CANARY = "zqcanary"  # begins every word of a text, every id and every patient here
 YEARS = (2019, 2020)
@@ -163,6 +168,38 @@ def artifacts(folder: Path) -> Iterator[Path]:
     return (path for path in folder.rglob("*") if path.is_file())
 
 
+def holders(folder: Path) -> list[Path]:
+    """Files that hold a canary, or the tokens of which a text can be made again."""
+    found = []
+    for path in artifacts(folder):
+        if path.name in ("notes.csv", "spoiled.csv") or path.name.startswith(("tokenizer", "vocab")):
+            continue
+        if CANARY.encode() in path.read_bytes():
+            found.append(path)
+        elif path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                names = list(file.keys())
+            found += [path] * any(re.split("[./]", name)[-1] == "ids" for name in names)
+    return found
+
+
+@pytest.mark.slow
+def test_no_word_is_left_behind_by_a_run_that_is_killed_or_that_fails(configured, start, capfd):
+    """A batch whose gradient is not finite would be kept, were it of clips."""
+    name, saving = "replay_seq_2019_2020", ("save.every=1", "save.keep=100", "data.batch_size=8")
+    process = start("train", name, "--max-epochs", "500", *saving)
+    wait_for_checkpoint(Path("runs", name), process)
+    process.kill()
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL and CANARY not in said
+    with pytest.raises(WeftError, match="not finite"):
+        train_run(load_config(Path(name), ["name=wild", "optimizer.lr=1e37", *saving]), lambda event: None)
+    assert len(list(Path("runs/wild/incidents").rglob("*.json"))) > 1
+    assert len(list(Path("runs").rglob("*.safetensors"))) > 2 and holders(configured) == []
+    assert CANARY not in "".join(capfd.readouterr())
+    shutil.rmtree("runs")
+
+
 @pytest.mark.slow
 def test_no_word_id_or_patient_is_written_or_printed_by_any_verb(configured, bert, capfd, monkeypatch):
     """Trap 33. What is asked of the verbs is right in some runs and wrong in others."""
@@ -193,13 +230,7 @@ def test_no_word_id_or_patient_is_written_or_printed_by_any_verb(configured, ber
         said = capfd.readouterr()
         assert CANARY not in said.out + said.err, command
         assert found == code, (command, said.err)
-    vocabulary = {path for path in artifacts(configured) if path.name.startswith(("tokenizer", "vocab"))}
-    holders = [
-        path for path in artifacts(configured)
-        if path not in vocabulary and path.name not in ("notes.csv", "spoiled.csv")
-        and CANARY.encode() in path.read_bytes()
-    ]  # fmt: skip
-    assert holders == []
+    assert holders(configured) == []
     predictions = list(Path(name, "predictions").glob("*.safetensors"))
     assert len(predictions) == 3
     assert os.name != "posix" or all(path.stat().st_mode & 0o077 == 0 for path in predictions)
