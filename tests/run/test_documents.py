@@ -259,6 +259,7 @@ def test_a_step_that_was_not_finite_is_told_by_rows_and_keeps_no_document(plain)
         ({"objective": {"kind": "next-token"}}, "objective.kind"),
         (merged(of_kind("lamaml"), {"engine": {"recompute": True}}), "engine.recompute: a block that runs again"),
         ({"family": {"dtype": "bf16"}, "engine": {"precision": "bf16"}}, "family.dtype: all weights are trained"),
+        ({"engine": {"stream_blocks": 1}}, "engine.stream_blocks: frozen weights wait"),
         ({"engine": {"kind": "deepspeed", "zero": 3}}, "engine.zero: ZeRO-3 parts frozen weights"),
         ({"data": {"year": "yaer"}}, "none of its 4 columns is called 'yaer'"),
     ],

@@ -70,4 +70,9 @@ def check_documents(config: RunConfig) -> None:
             f"family.dtype: all weights are trained, and {kept} loses most of what small steps add to them. Write "
             "family.dtype=fp32, which engine.precision still multiplies in half precision; or train an adapter."
         )
+    if not config.adapter.has_base and config.engine.residence().stream_blocks:
+        raise ConfigError(
+            "engine.stream_blocks: frozen weights wait in host memory, and with adapter.kind=none every weight is "
+            "trained. Leave it out, or write adapter.kind=lora."
+        )
     config.objective.check_run(config)
