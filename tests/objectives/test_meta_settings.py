@@ -67,6 +67,8 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "adapter": (CMaml(), {"adapter": Inner()}, r"adapter\.kind: 'lora' does not go .* looks at \.grad"),
     "recompute, trap 4": (CMaml(), {"engine": Torch(recompute=True)}, r"engine\.recompute: .* wrong without an error"),
     "compile, trap 29": (LaMaml(), {"engine": Torch(compile=True)}, r"engine\.compile: .* differentiate twice"),
+    "offload": (CMaml(), {"engine": Torch(offload_activations=True)}, r"engine\.offload_activations: .*order=first"),
+    "streaming": (LaMaml(), {"engine": Torch(stream_blocks=1)}, r"engine\.stream_blocks: .* one within another"),
     "shards, trap 29": (LaMaml(order="first"), {"parallel": Parallel(shard=2)}, r"parallel\.shard: .*=1"),
     "ZeRO, trap 29": (Agem(), {"engine": DeepSpeed()}, r"engine\.kind: deepspeed gathers"),
     "fp16, trap 28": (SyncMaml(), {"engine": Torch(precision="fp16")}, r"engine\.precision: fp16"),

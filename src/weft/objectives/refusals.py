@@ -36,3 +36,9 @@ def refuse_inner_gradients(config: Any, twice: bool) -> None:
             "engine.compile: torch's compiler does not differentiate twice. Write objective.order=first, or leave "
             "engine.compile out."
         )
+    for name in ("offload_activations", "stream_blocks"):
+        if twice and getattr(engine, name):
+            raise ConfigError(
+                f"engine.{name}: what waits in host memory comes back for one backward pass, and second order has one "
+                f"within another. Write objective.order=first, or leave engine.{name} out."
+            )
