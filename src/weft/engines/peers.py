@@ -7,7 +7,7 @@ from hashlib import sha256
 
 from torch.distributed import DistError, TCPStore
 
-PATIENCE = 5.0  # seconds that rank 0 is waited for, which speaks first
+PATIENCE = 20.0  # seconds that rank 0 is waited for, which speaks first; on a busy machine it may start later
 LOST_PEER = "another process of this run has ended, or cannot be reached"
 # What gloo and NCCL say when a connection ends; gloo's errors have no type of their own.
 SAID_OF_LOST_PEERS = (
