@@ -40,7 +40,8 @@ def test_a_real_run_is_read_while_it_trains_is_killed_and_goes_on(tmp_path) -> N
     done = store.run("run")
     assert (done["state"], done["reason"], done["step"]) == ("finished", None, STEPS)
     [resume] = done["resumes"]
-    assert resume["step"] in (5, 10), "the newest checkpoint that was whole"
+    newest = range(5, dead["step"] + 1, 5)  # it may have gone on for a while until the kill reached it
+    assert resume["step"] in newest[-2:], "the newest checkpoint that was whole"
     assert [one["step"] for one in done["evaluations"]] == [0, 10, 20, 30]
     assert [(s["step"], s["adapter"]) for s in store.samples("run") if s["media"]] == [(0, False), (STEPS, True)]
     assert store.since("run", dead["position"]).reset, "what was drawn beyond the checkpoint is void"

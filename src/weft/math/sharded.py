@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
@@ -31,7 +32,28 @@ def whole(tensor: Tensor) -> Tensor:
         found = tensor.detach().clone()
         tensor.partition([tensor])
         return found
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return put_together(tensor) if isinstance(tensor, DTensor) else tensor
+
+
+def put_together(tensor: DTensor) -> Tensor:
+    """All of a DTensor. One that FSDP2 has cut along a dimension is gathered by one plain collective: `full_tensor`
+    goes through torch's registry of pending works, in which a process was twice seen to end by a segmentation fault
+    (torch 2.13, gloo). Others, and what a gradient is taken of, are torch's to put together."""
+    cut = [(number, placement) for number, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+    if len(cut) != 1 or type(cut[0][1]) is not Shard or (tensor.requires_grad and torch.is_grad_enabled()):
+        return tensor.full_tensor()
+    ((number, placement),) = cut
+    group, dim = tensor.device_mesh.get_group(number), placement.dim % tensor.ndim
+    size = tensor.shape[dim]
+    rows = -(-size // group.size())  # as torch.chunk cuts: the last ones may have fewer
+    own = tensor.to_local().detach().movedim(dim, 0)
+    part = own.new_zeros((rows, *own.shape[1:]))
+    part[: len(own)] = own
+    gathered = part.new_empty((rows * group.size(), *own.shape[1:]))
+    if gathered.numel():
+        # As bytes: not every backend gathers numbers of eight bits.
+        dist.all_gather_into_tensor(gathered.view(torch.uint8), part.view(torch.uint8), group=group)
+    return gathered[:size].movedim(0, dim).contiguous()
 
 
 def held(tensor: Tensor) -> Tensor:
@@ -64,7 +86,7 @@ def whole_rows(tensor: Tensor, own: Tensor) -> Tensor:
     parts = DTensor.from_local(
         own, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape[:1], stride=(1,)
     )
-    return parts.full_tensor()
+    return put_together(parts)
 
 
 def _part(target: Tensor, value: Tensor) -> Tensor:
