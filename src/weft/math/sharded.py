@@ -39,8 +39,9 @@ def put_together(tensor: DTensor) -> Tensor:
     """All of a DTensor. One that FSDP2 has cut along a dimension is gathered by one plain collective: `full_tensor`
     goes through torch's registry of pending works, in which a process was twice seen to end by a segmentation fault
     (torch 2.13, gloo). Others, and what a gradient is taken of, are torch's to put together."""
-    cut = [(number, placement) for number, placement in enumerate(tensor.placements) if not placement.is_replicate()]
-    if len(cut) != 1 or type(cut[0][1]) is not Shard or (tensor.requires_grad and torch.is_grad_enabled()):
+    placed = [(number, placement) for number, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+    cut = [(n, placement) for n, placement in placed if isinstance(placement, Shard) and type(placement) is Shard]
+    if len(placed) != 1 or len(cut) != 1 or (tensor.requires_grad and torch.is_grad_enabled()):
         return tensor.full_tensor()
     ((number, placement),) = cut
     group, dim = tensor.device_mesh.get_group(number), placement.dim % tensor.ndim
