@@ -73,7 +73,7 @@ def refuse_contradictions(config: "RunConfig") -> None:
     if config.data.medium == "documents":
         raise ConfigError(
             "data.kind: documents are learned year by year, and --independent parts what one run learns. For several "
-            "runs: weft train --seeds 0-4; for one on all GPUs: weft launch."
+            "runs: weft train --seeds 0-4; for one on all GPUs: weft train --gpus all."
         )
     if config.engine.kind != "torch":
         raise ConfigError(
